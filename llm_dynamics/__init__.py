@@ -1,0 +1,1 @@
+"""See what post-training really does to a language model."""

@@ -1,0 +1,168 @@
+"""Write a run log: Parquet parts that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llm_dynamics.runlog import schema
+from llm_dynamics.runlog.reader import RunLogError, completed_steps, read_meta
+
+_IDENTITY = ("schema_version", "probes_fingerprint")
+"""Keys of meta.json that a resumed run must share with the run it continues."""
+
+
+class RunLogWriter:
+    """Appends observations to the run log of one run.
+
+    A part is written under a temporary name, flushed to disk and renamed, `steps` last: a killed run is readable up to
+    its last completed observation.
+
+    Args:
+        folder: The run-log folder, usually `<output_dir>/dynamics`.
+        meta: What `meta.json` shall say; `schema_version` is added.
+    """
+
+    def __init__(self, folder: str | Path, meta: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.meta: dict[str, Any] = {"schema_version": schema.SCHEMA_VERSION, **meta}
+
+    def start(self, probes: pd.DataFrame) -> Path | None:
+        """Begin a new run log; one that is there already is moved aside, never overwritten.
+
+        Args:
+            probes: The probes table, columns of `schema.PROBES`.
+
+        Returns:
+            Where the earlier run log now lies, or None where there was none.
+        """
+        moved = None
+        if self.folder.exists() and any(self.folder.iterdir()):
+            moved = _free_name(self.folder)
+            self.folder.rename(moved)
+        for table in schema.OBSERVED_TABLES:
+            (self.folder / table).mkdir(parents=True, exist_ok=True)
+        _write_table(self.folder / schema.PROBES_FILE, _to_arrow(probes, schema.PROBES))
+        self.update_meta()
+        return moved
+
+    def resume(self, step: int) -> list[int]:
+        """Continue the run log from a checkpoint: drop what was observed after it.
+
+        Args:
+            step: Optimizer step of the checkpoint; observations up to and including it are kept.
+
+        Returns:
+            The steps whose observations were dropped, ascending.
+
+        Raises:
+            RunLogError: Where there is no run log to continue, or it watches other probes; both are shown.
+        """
+        if not (self.folder / schema.META_FILE).exists():
+            raise RunLogError(
+                f"training resumes at step {step}, but there is no run log at {self.folder}; its curves would start "
+                "in the middle. Give the run log's folder, or resume with a new one by passing on_resume='start'."
+            )
+        old = read_meta(self.folder)
+        changed = [key for key in _IDENTITY if old.get(key) != self.meta.get(key)]
+        if changed:
+            shown = "; ".join(f"{key}: run log {old.get(key)!r}, now {self.meta.get(key)!r}" for key in changed)
+            raise RunLogError(
+                f"cannot continue the run log at {self.folder}: {shown}. Resume with the probes of the first run, "
+                "or move the run log elsewhere and start a new one."
+            )
+        kept = {done for done in completed_steps(self.folder) if done <= step}
+        dropped: set[int] = set()
+        for table in reversed(schema.OBSERVED_TABLES):  # `steps` first: a part without it counts as never written
+            for part in (self.folder / table).iterdir():
+                done = schema.part_step(part.name)
+                if done is None:
+                    if part.name.startswith("."):
+                        part.unlink()  # left by a killed writer
+                elif done not in kept:
+                    part.unlink()
+                    dropped.add(done)
+        # What the first run decided stays: which probes keep their tokens, for one.
+        self.meta = {**self.meta, **{key: value for key, value in old.items() if key not in self.meta}}
+        self.meta["resumed_at"] = [*old.get("resumed_at", []), step]
+        self.update_meta()
+        return sorted(dropped)
+
+    def write(
+        self, step: int, *, sequences: pd.DataFrame, tokens: pd.DataFrame | None, scalars: Mapping[str, Any]
+    ) -> None:
+        """Write one observation.
+
+        Args:
+            step: Optimizer steps done; an observation of the same step is replaced.
+            sequences: Columns of `schema.SEQUENCES` (`step` is filled in; a missing column becomes null).
+            tokens: Columns of `schema.TOKENS`, or None to keep no tokens of this observation.
+            scalars: The row of `schema.STEPS`, and the run's metrics by name.
+        """
+        steps = pd.DataFrame([{"step": step, **scalars}])
+        metrics = [name for name in steps.columns if name not in schema.STEPS.names]
+        extended = pa.schema([*schema.STEPS, *(pa.field(name, pa.float64()) for name in metrics)])
+        frames = {"sequences": (sequences, schema.SEQUENCES), "tokens": (tokens, schema.TOKENS)}
+        (self.folder / "steps" / schema.part_name(step)).unlink(missing_ok=True)  # not complete while it is replaced
+        for name, (frame, columns) in {**frames, "steps": (steps, extended)}.items():
+            if frame is not None:
+                part = self.folder / name / schema.part_name(step)
+                _write_table(part, _to_arrow(frame.assign(step=step), columns))
+
+    def has(self, step: int) -> bool:
+        """Tell whether a complete observation of optimizer step `step` is on disk."""
+        return (self.folder / "steps" / schema.part_name(step)).exists()
+
+    def table_bytes(self, table: str) -> int:
+        """Return the size on disk of all parts of `table`."""
+        return sum(part.stat().st_size for part in (self.folder / table).glob("step_*.parquet"))
+
+    def update_meta(self, **changes: Any) -> None:
+        """Set keys of `meta.json` and write it, atomically."""
+        self.meta.update(changes)
+        _replace(
+            self.folder / schema.META_FILE,
+            (json.dumps(self.meta, indent=2, ensure_ascii=False, default=str) + "\n").encode(),
+        )
+
+
+def _to_arrow(frame: pd.DataFrame, columns: pa.Schema) -> pa.Table:
+    arrays = []
+    for field in columns:
+        if field.name not in frame.columns:
+            arrays.append(pa.nulls(len(frame), field.type))
+            continue
+        # pandas' reading of NaN as "missing" must not reach floats: a NaN that was measured stays a NaN on disk
+        from_pandas = not pa.types.is_floating(field.type)
+        arrays.append(pa.array(frame[field.name].to_list(), type=field.type, from_pandas=from_pandas))
+    return pa.Table.from_arrays(arrays, schema=columns)
+
+
+def _write_table(file: Path, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    _replace(file, sink.getvalue().to_pybytes())
+
+
+def _replace(file: Path, content: bytes) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def _free_name(folder: Path) -> Path:
+    for number in range(1, 10_000):
+        candidate = folder.with_name(f"{folder.name}_before_{number:03d}")
+        if not candidate.exists():
+            return candidate
+    raise RunLogError(f"10,000 earlier run logs beside {folder}; delete some")
