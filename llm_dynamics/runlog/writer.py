@@ -80,7 +80,7 @@ class RunLogWriter:
             )
         kept = {done for done in completed_steps(self.folder) if done <= step}
         dropped: set[int] = set()
-        for table in reversed(schema.OBSERVED_TABLES):  # `steps` first: a part without it counts as never written
+        for table in list(schema.OBSERVED_TABLES)[::-1]:  # `steps` first: a part without it counts as never written
             for part in (self.folder / table).iterdir():
                 done = schema.part_step(part.name)
                 if done is None:

@@ -1,0 +1,330 @@
+"""How likely is every response now? Teacher-forced statistics of each response token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llm_dynamics.likelihood.head import SplitModel, split_model
+from llm_dynamics.likelihood.preserve import evaluating
+from llm_dynamics.likelihood.squeezing import SqueezingStats, squeezing_stats
+
+Autocast = Callable[[], AbstractContextManager[object]]
+"""Makes a context for forwards, such as `accelerator.autocast`."""
+
+DEFAULT_BATCH_TOKENS = 2048
+DEFAULT_CHUNK = 128
+
+
+class TokenizedResponse(Protocol):
+    """What is scored: the ids of a prompt and of its response (`probes.EncodedProbe` is one)."""
+
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        """Token ids before the response; at least one."""
+
+    @property
+    def response_ids(self) -> Sequence[int]:
+        """Token ids of the response; at least one."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Statistics of N response tokens, in the order of the probes; every field is (N,), on the CPU.
+
+    All are taken under the model at temperature 1, at the token's own prefix: the prompt and the probe's own response
+    up to this token. Floats are float32, or float64 for a float64 model; log-probs and entropy in nats.
+
+    Attributes:
+        token_id: y_m, int64.
+        logp: log pi(y_m).
+        entropy: H(pi_m) = - sum_v pi_v log pi_v.
+        greedy_id: argmax_v pi_v, int64; -1 where the model gave NaN.
+        greedy_logp: max_v log pi_v.
+        other_logp: log pi(y*), y* = `squeezing.other_id`, the most likely token other than y_m.
+        rank: 1 + number of tokens more likely than y_m, int64; -1 where the model gave NaN.
+        squeezing: Statistics of a negative step on y_m.
+    """
+
+    token_id: Tensor
+    logp: Tensor
+    entropy: Tensor
+    greedy_id: Tensor
+    greedy_logp: Tensor
+    other_logp: Tensor
+    rank: Tensor
+    squeezing: SqueezingStats
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether log-prob and entropy are finite numbers, (N,), bool."""
+        return self.logp.isfinite() & self.entropy.isfinite()
+
+
+@dataclass(frozen=True)
+class ResponseScores:
+    """Scores of P responses.
+
+    Attributes:
+        lengths: M of each response, (P,), int64.
+        tokens: Statistics of all response tokens, the first response's first; N = lengths.sum().
+        ref_logp: log pi_ref(y_m), (N,), where a reference was given.
+    """
+
+    lengths: Tensor
+    tokens: TokenScores
+    ref_logp: Tensor | None = None
+
+    def sum_by_response(self, values: Tensor) -> Tensor:
+        """Sum a token statistic (N,) over each response: (P,), float64; a NaN or infinity stays visible."""
+        owner = torch.repeat_interleave(torch.arange(len(self.lengths)), self.lengths)
+        return torch.zeros(len(self.lengths), dtype=torch.float64).index_add_(0, owner, values.double())
+
+    @property
+    def logp_sum(self) -> Tensor:
+        """Log pi(y | x) = sum_m log pi(y_m), nats, (P,), float64."""
+        return self.sum_by_response(self.tokens.logp)
+
+
+def score_responses(
+    model: nn.Module,
+    responses: Sequence[TokenizedResponse],
+    *,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    chunk: int = DEFAULT_CHUNK,
+    padding_side: str = "right",
+    squeeze_strength: float = 1.0,
+    autocast: Autocast | None = None,
+    split: SplitModel | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> ResponseScores:
+    """Score every response token under `model`: one forward of each sequence, no gradient.
+
+    Only positions that predict a response token meet the LM head, `chunk` of them at a time, so that one float32 block
+    of `chunk * V` logits is alive, with two work buffers of its size. The model's modes and the random state are left
+    as they were, also after an error.
+
+    Args:
+        model: Any Hugging Face causal LM (PEFT weight adapters, DDP and TRL's fused head included).
+        responses: Prompt and response ids, P of them; both non-empty.
+        batch_tokens: Most tokens in one forward, padding included; a longer sequence goes alone. Sequences are sorted
+            by length first.
+        chunk: Positions that meet the LM head at a time.
+        padding_side: "right" or "left". The numbers do not depend on it.
+        squeeze_strength: e of the negative step in `squeezing_stats`.
+        autocast: Makes the context of the forwards, such as `trainer.accelerator.autocast`; log-softmax is outside it.
+            None: the weights' own precision.
+        split: The model's halves from `split_model`, to save the check on repeated calls.
+        on_progress: Called after every forward with the number of responses it scored.
+
+    Returns:
+        The scores, in the order of `responses`, on the CPU.
+
+    Raises:
+        ValueError: For no responses, an empty prompt or response, a token id outside the vocabulary, or arguments out
+            of range.
+        NotImplementedError: For models that cannot be scored, see `split_model`.
+
+    Example:
+        >>> scores = score_responses(model, encode_probes(probes, tokenizer))  # doctest: +SKIP
+        >>> scores.logp_sum  # nats per response  # doctest: +SKIP
+    """
+    columns = _score(
+        model,
+        responses,
+        lambda logits, labels: _flatten(_token_scores(logits, labels, squeeze_strength)),
+        batch_tokens=batch_tokens,
+        chunk=chunk,
+        padding_side=padding_side,
+        autocast=autocast,
+        split=split,
+        on_progress=on_progress,
+    )
+    return ResponseScores(torch.tensor([len(r.response_ids) for r in responses]), _unflatten(columns))
+
+
+def score_logps(
+    model: nn.Module,
+    responses: Sequence[TokenizedResponse],
+    *,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    chunk: int = DEFAULT_CHUNK,
+    autocast: Autocast | None = None,
+) -> Tensor:
+    """Score label log-probs only, as `score_responses` does: what a reference model is asked for.
+
+    Args:
+        model: As for `score_responses`; for a PEFT model's base, call it inside `model.disable_adapter()`.
+        responses: As for `score_responses`.
+        batch_tokens: As for `score_responses`.
+        chunk: As for `score_responses`.
+        autocast: As for `score_responses`.
+
+    Returns:
+        log pi(y_m), nats, (N,), all response tokens in the order of `responses`, on the CPU.
+
+    Raises:
+        ValueError: As for `score_responses`.
+        NotImplementedError: As for `score_responses`.
+    """
+    (logp,) = _score(
+        model, responses, _label_logps, batch_tokens=batch_tokens, chunk=chunk, padding_side="right", autocast=autocast
+    )
+    return logp
+
+
+def _score(
+    model: nn.Module,
+    responses: Sequence[TokenizedResponse],
+    statistics: Callable[[Tensor, Tensor], list[Tensor]],
+    *,
+    batch_tokens: int,
+    chunk: int,
+    padding_side: str,
+    autocast: Autocast | None,
+    split: SplitModel | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Tensor]:
+    """Apply `statistics` (logits (n, V) it may overwrite, labels (n,) -> columns (n,)) to every response token.
+
+    Returns:
+        The columns over all N tokens in the order of `responses`, on the CPU.
+    """
+    _check(responses, batch_tokens, chunk, padding_side)
+    lengths = [len(r.response_ids) for r in responses]
+    starts = [0, *accumulate(lengths)]
+    scored: list[list[Tensor]] = []
+    places: list[int] = []
+    with evaluating(model):
+        split = split or split_model(model)
+        _check_ids(responses, split.vocab_size)
+        for batch in _batches(responses, batch_tokens, alone=split.backbone is None):
+            states, labels = _response_states(split, [responses[i] for i in batch], padding_side, autocast)
+            for block, ids in zip(states.split(chunk), labels.split(chunk), strict=True):
+                logits = _logits(split, block, autocast)
+                scored.append(statistics(logits, ids.to(logits.device)))
+            places.extend(place for i in batch for place in range(starts[i], starts[i + 1]))
+            if on_progress is not None:
+                on_progress(len(batch))
+    order = torch.tensor(places).argsort()
+    return [torch.cat(column).cpu()[order] for column in zip(*scored, strict=True)]
+
+
+def _check(responses: Sequence[TokenizedResponse], batch_tokens: int, chunk: int, padding_side: str) -> None:
+    if len(responses) == 0:
+        raise ValueError("there is nothing to score: no responses given")
+    if batch_tokens < 1 or chunk < 1:
+        raise ValueError(f"batch_tokens and chunk must be at least 1; seen {batch_tokens} and {chunk}")
+    if padding_side not in ("left", "right"):
+        raise ValueError(f'padding_side is {padding_side!r}; allowed: "left", "right"')
+    for i, response in enumerate(responses):
+        if not len(response.prompt_ids) or not len(response.response_ids):
+            raise ValueError(
+                f"response {i} has {len(response.prompt_ids)} prompt and {len(response.response_ids)} response tokens; "
+                "both need at least one (the first response token is predicted from the last prompt token)"
+            )
+
+
+def _check_ids(responses: Sequence[TokenizedResponse], vocab_size: int) -> None:
+    largest = max(max(*r.prompt_ids, *r.response_ids) for r in responses)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"token id {largest} is outside the model's vocabulary of {vocab_size}: were the probes tokenised with "
+            "another model's tokenizer?"
+        )
+
+
+def _batches(responses: Sequence[TokenizedResponse], budget: int, *, alone: bool) -> Iterator[list[int]]:
+    """Yield indices, longest sequences first, so many that rows x longest <= budget (a single row may exceed it)."""
+    sizes = [len(r.prompt_ids) + len(r.response_ids) for r in responses]
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    start = 0
+    while start < len(order):
+        rows = 1 if alone else max(1, budget // sizes[order[start]])
+        yield order[start : start + rows]
+        start += rows
+
+
+def _response_states(
+    split: SplitModel,
+    batch: Sequence[TokenizedResponse],
+    padding_side: str,
+    autocast: Autocast | None,
+) -> tuple[Tensor, Tensor]:
+    """Return what the head needs at every response token, and the labels (N,).
+
+    The first is the hidden states (N, d) or, for a model without a usable split, its logits (N, V).
+    """
+    width = max(len(r.prompt_ids) + len(r.response_ids) for r in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    predicts = torch.zeros_like(ids, dtype=torch.bool)  # positions whose *next* token is a response token
+    for row, r in enumerate(batch):
+        tokens = [*r.prompt_ids, *r.response_ids]
+        first = width - len(tokens) if padding_side == "left" else 0
+        end = first + len(tokens)
+        ids[row, first:end] = torch.tensor(tokens)
+        mask[row, first:end] = 1
+        predicts[row, end - len(r.response_ids) - 1 : end - 1] = True
+    labels = torch.tensor([token for r in batch for token in r.response_ids])
+    with (autocast or nullcontext)():
+        forward = split.logits if split.backbone is None else split.hidden_states
+        states = forward(ids.to(split.device), mask.to(split.device))
+    return states[predicts.to(states.device)], labels
+
+
+def _logits(split: SplitModel, states: Tensor, autocast: Autocast | None) -> Tensor:
+    if split.backbone is None:
+        return states if states.dtype == torch.float64 else states.float()
+    with (autocast or nullcontext)():
+        return split.head(states)
+
+
+def _label_logps(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    return [logits.gather(1, labels[:, None])[:, 0] - logits.logsumexp(dim=1)]
+
+
+def _token_scores(logits: Tensor, labels: Tensor, strength: float) -> TokenScores:
+    logp = logits.sub_(logits.logsumexp(dim=1, keepdim=True))
+    label_logp = logp.gather(1, labels[:, None])[:, 0]
+    greedy_logp, greedy_id = logp.max(dim=1)
+    squeezing = squeezing_stats(logp, labels, strength=strength)
+    broken = squeezing.other_id < 0
+    other_logp = logp.gather(1, squeezing.other_id.clamp(min=0)[:, None])[:, 0]
+    rank = 1 + (logp > label_logp[:, None]).sum(dim=1)
+    entropy = -torch.linalg.vecdot(logp.exp(), logp)
+    impossible = entropy.isnan() & ~broken  # 0 * -inf: a token of probability zero adds nothing to the entropy
+    if impossible.any():
+        entropy[impossible] = torch.special.entr(logp[impossible].exp()).sum(dim=1)
+    return TokenScores(
+        token_id=labels,
+        logp=label_logp,
+        entropy=entropy,
+        greedy_id=greedy_id.masked_fill(broken, -1),
+        greedy_logp=greedy_logp,
+        other_logp=torch.where(broken, torch.nan, other_logp),
+        rank=rank.masked_fill(broken, -1),
+        squeezing=squeezing,
+    )
+
+
+_COLUMNS = [field.name for field in fields(TokenScores) if field.name != "squeezing"]
+_SQUEEZING_COLUMNS = [field.name for field in fields(SqueezingStats)]
+
+
+def _flatten(scores: TokenScores) -> list[Tensor]:
+    return [getattr(scores, name) for name in _COLUMNS] + [
+        getattr(scores.squeezing, name) for name in _SQUEEZING_COLUMNS
+    ]
+
+
+def _unflatten(columns: Sequence[Tensor]) -> TokenScores:
+    n = len(_COLUMNS)
+    squeezing = SqueezingStats(**dict(zip(_SQUEEZING_COLUMNS, columns[n:], strict=True)))
+    return TokenScores(**dict(zip(_COLUMNS, columns[:n], strict=True)), squeezing=squeezing)
