@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,43 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 _CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """B rows of T tokens, each a prompt followed by one or more responses to it, padded on either side.
+
+    Attributes:
+        ids: Token ids (B, T), int64.
+        positions: Position of each token in its own sequence, prompt and one response, (B, T), int64.
+        segments: 0 for the prompt, k for the k-th response, -1 for padding, (B, T), int64.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    segments: Tensor
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any row holds more than one response."""
+        return bool((self.segments > 1).any())
+
+    def visible(self) -> Tensor:
+        """Which tokens (last axis) each token attends to: itself and those before it in its own sequence, (B, T, T)."""
+        query, key = self.segments[:, :, None], self.segments[:, None, :]
+        order = torch.arange(self.ids.shape[1])
+        return (order[:, None] >= order[None, :]) & (key >= 0) & ((key == 0) | (key == query))
+
+
+def _row(*segments: list[int]) -> TokenRows:
+    """One row from a prompt and its responses."""
+    prompt, *responses = segments
+    places = [list(range(len(prompt))), *(range(len(prompt), len(prompt) + len(r)) for r in responses)]
+    return TokenRows(
+        ids=torch.tensor([[token for segment in segments for token in segment]]),
+        positions=torch.tensor([[place for segment in places for place in segment]]),
+        segments=torch.tensor([[k for k, segment in enumerate(segments) for _ in segment]]),
+    )
 
 
 @dataclass(frozen=True)
@@ -31,6 +68,8 @@ class SplitModel:
         scale: Factor on the logits.
         softcap: Cap c of `c tanh(z / c)`, or None.
         takes_positions: Whether the model accepts `position_ids`.
+        shares_prompts: Whether several responses can stand behind one copy of their prompt in a row, kept apart by a
+            four-dimensional attention mask; checked on a short input.
     """
 
     model: nn.Module
@@ -38,6 +77,7 @@ class SplitModel:
     scale: float
     softcap: float | None
     takes_positions: bool
+    shares_prompts: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -50,14 +90,14 @@ class SplitModel:
         """V, the number of logits."""
         return int(self.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Run the backbone: (B, T) ids and mask, padding on either side, to the head's input (B, T, d)."""
+    def hidden_states(self, rows: TokenRows) -> Tensor:
+        """Run the backbone on B rows of T tokens: the head's input (B, T, d)."""
         assert self.backbone is not None, "a model without a usable split has only `logits`"
-        return self.backbone(**self._inputs(input_ids, attention_mask)).last_hidden_state
+        return self.backbone(**self._inputs(rows)).last_hidden_state
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Run the model's own forward: (B, T) ids and mask to logits (B, T, V)."""
-        return self.model(**self._inputs(input_ids, attention_mask)).logits
+    def logits(self, rows: TokenRows) -> Tensor:
+        """Run the model's own forward on B rows of T tokens: logits (B, T, V)."""
+        return self.model(**self._inputs(rows)).logits
 
     def head(self, hidden: Tensor) -> Tensor:
         """Turn hidden states (N, d) into logits (N, V), float32 at least; scaled and capped as the model does."""
@@ -69,11 +109,19 @@ class SplitModel:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def _inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    def _inputs(self, rows: TokenRows) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": rows.ids.to(self.device), "use_cache": False}
         if self.takes_positions:
             # without them a left-padded row would be scored at shifted positions
-            inputs["position_ids"] = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
+            inputs["position_ids"] = rows.positions.to(self.device)
+        if rows.is_packed:
+            weight: Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
+            hidden = ~rows.visible()[:, None]  # (B, 1, T, T)
+            # additive and finite: understood by eager and SDPA attention alike, and no NaN where a row is all padding
+            mask = torch.zeros(hidden.shape, dtype=weight.dtype).masked_fill_(hidden, torch.finfo(weight.dtype).min)
+            inputs["attention_mask"] = mask.to(self.device)
+        else:
+            inputs["attention_mask"] = (rows.segments >= 0).long().to(self.device)
         return inputs
 
 
@@ -138,7 +186,7 @@ def split_model(model: nn.Module) -> SplitModel:
             type(base).__name__,
         )
         return SplitModel(base, None, 1.0, None, takes_positions)
-    return split
+    return replace(split, shares_prompts=_keeps_responses_apart(split, text_config))
 
 
 def _logit_rule(config: Any) -> tuple[float, float | None]:
@@ -155,16 +203,42 @@ def _logit_rule(config: Any) -> tuple[float, float | None]:
 
 
 def _reproduces_logits(split: SplitModel) -> bool:
-    ids = torch.arange(1, 5, device=split.device).remainder(split.vocab_size)[None]  # (1, 4): any tokens do
-    mask = torch.ones_like(ids)
+    rows = _row([i % split.vocab_size for i in range(1, 5)])  # any tokens do
     try:
-        ours = split.head(split.hidden_states(ids, mask)[0])
+        ours = split.head(split.hidden_states(rows)[0])
     except (AttributeError, TypeError, RuntimeError) as error:
         logger.debug("no usable split of %s: %s", type(split.model).__name__, error)
         return False
-    theirs = split.logits(ids, mask)[0]
-    if ours.shape != theirs.shape:
+    theirs = split.logits(rows)[0]
+    return ours.shape == theirs.shape and _close(ours, theirs, split)
+
+
+def _keeps_responses_apart(split: SplitModel, config: Any) -> bool:
+    """Check that two responses behind one prompt are scored as if each stood there alone."""
+    if not split.takes_positions or _limits_attention(config):
         return False
-    ours, theirs = ours.to(theirs.device).log_softmax(-1), theirs.to(ours.dtype).log_softmax(-1)
+    prompt, first, second = ([i % split.vocab_size for i in ids] for ids in ([1, 2, 3], [4, 5], [6, 7, 8]))
+    try:
+        packed = split.hidden_states(_row(prompt, first, second))[0]
+    except Exception as error:  # an attention kernel without such masks may fail in any way
+        logger.debug("%s does not take four-dimensional masks: %s", type(split.model).__name__, error)
+        return False
+    alone = [split.hidden_states(_row(prompt, response))[0] for response in (first, second)]
+    return _close(split.head(packed[:5]), split.head(alone[0]), split) and _close(
+        split.head(packed[5:]), split.head(alone[1][3:]), split
+    )
+
+
+def _limits_attention(config: Any) -> bool:
+    """Tell whether some layer attends to a window only, which a mask of ours would overrule."""
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if kinds:
+        return bool(kinds - {"full_attention"})
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return any(window is not None for window in windows)
+
+
+def _close(ours: Tensor, theirs: Tensor, split: SplitModel) -> bool:
+    ours, theirs = ours.double().log_softmax(-1), theirs.to(ours.device).double().log_softmax(-1)
     tolerance = _CHECK_TOLERANCE.get(split.model.get_output_embeddings().weight.dtype, 0.1)  # type: ignore[operator]
     return bool(torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance, equal_nan=True))

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from llm_dynamics.likelihood.head import SplitModel, split_model
+from llm_dynamics.likelihood.head import SplitModel, TokenRows, split_model
 from llm_dynamics.likelihood.preserve import evaluating
 from llm_dynamics.likelihood.squeezing import SqueezingStats, squeezing_stats
 
@@ -20,6 +20,8 @@ Autocast = Callable[[], AbstractContextManager[object]]
 
 DEFAULT_BATCH_TOKENS = 2048
 DEFAULT_CHUNK = 128
+SHARED_ROW_TOKENS = 512
+"""Widest row that several responses share, unless the prompt itself is long."""
 
 
 class TokenizedResponse(Protocol):
@@ -99,12 +101,13 @@ def score_responses(
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     chunk: int = DEFAULT_CHUNK,
     padding_side: str = "right",
+    share_prompts: bool = True,
     squeeze_strength: float = 1.0,
     autocast: Autocast | None = None,
     split: SplitModel | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> ResponseScores:
-    """Score every response token under `model`: one forward of each sequence, no gradient.
+    """Score every response token under `model`: teacher-forced, no gradient.
 
     Only positions that predict a response token meet the LM head, `chunk` of them at a time, so that one float32 block
     of `chunk * V` logits is alive, with two work buffers of its size. The model's modes and the random state are left
@@ -117,6 +120,9 @@ def score_responses(
             by length first.
         chunk: Positions that meet the LM head at a time.
         padding_side: "right" or "left". The numbers do not depend on it.
+        share_prompts: Let responses to the same prompt stand behind one copy of it, kept apart by the attention mask,
+            where the model is seen to allow it; saves most of the forward when many families share a prompt. The
+            numbers do not depend on it.
         squeeze_strength: e of the negative step in `squeezing_stats`.
         autocast: Makes the context of the forwards, such as `trainer.accelerator.autocast`; log-softmax is outside it.
             None: the weights' own precision.
@@ -142,6 +148,7 @@ def score_responses(
         batch_tokens=batch_tokens,
         chunk=chunk,
         padding_side=padding_side,
+        share_prompts=share_prompts,
         autocast=autocast,
         split=split,
         on_progress=on_progress,
@@ -173,9 +180,7 @@ def score_logps(
         ValueError: As for `score_responses`.
         NotImplementedError: As for `score_responses`.
     """
-    (logp,) = _score(
-        model, responses, _label_logps, batch_tokens=batch_tokens, chunk=chunk, padding_side="right", autocast=autocast
-    )
+    (logp,) = _score(model, responses, _label_logps, batch_tokens=batch_tokens, chunk=chunk, autocast=autocast)
     return logp
 
 
@@ -186,7 +191,8 @@ def _score(
     *,
     batch_tokens: int,
     chunk: int,
-    padding_side: str,
+    padding_side: str = "right",
+    share_prompts: bool = True,
     autocast: Autocast | None,
     split: SplitModel | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -204,14 +210,16 @@ def _score(
     with evaluating(model):
         split = split or split_model(model)
         _check_ids(responses, split.vocab_size)
-        for batch in _batches(responses, batch_tokens, alone=split.backbone is None):
-            states, labels = _response_states(split, [responses[i] for i in batch], padding_side, autocast)
+        rows = _pack(responses, share=share_prompts and split.shares_prompts)
+        for batch in _batches(rows, batch_tokens, alone=split.backbone is None):
+            states, labels = _response_states(split, responses, batch, padding_side, autocast)
             for block, ids in zip(states.split(chunk), labels.split(chunk), strict=True):
                 logits = _logits(split, block, autocast)
                 scored.append(statistics(logits, ids.to(logits.device)))
-            places.extend(place for i in batch for place in range(starts[i], starts[i + 1]))
+            scored_here = [i for row in batch for i in row.responses]
+            places.extend(place for i in scored_here for place in range(starts[i], starts[i + 1]))
             if on_progress is not None:
-                on_progress(len(batch))
+                on_progress(len(scored_here))
     order = torch.tensor(places).argsort()
     return [torch.cat(column).cpu()[order] for column in zip(*scored, strict=True)]
 
@@ -240,43 +248,86 @@ def _check_ids(responses: Sequence[TokenizedResponse], vocab_size: int) -> None:
         )
 
 
-def _batches(responses: Sequence[TokenizedResponse], budget: int, *, alone: bool) -> Iterator[list[int]]:
-    """Yield indices, longest sequences first, so many that rows x longest <= budget (a single row may exceed it)."""
-    sizes = [len(r.prompt_ids) + len(r.response_ids) for r in responses]
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+@dataclass(frozen=True)
+class _Row:
+    """A prompt and the responses (by index) that stand behind it in one row of `width` tokens."""
+
+    width: int
+    responses: tuple[int, ...]
+
+
+def _pack(responses: Sequence[TokenizedResponse], *, share: bool) -> list[_Row]:
+    """Group responses to the same prompt into rows, longest row first."""
+    if not share:
+        rows = [_Row(len(r.prompt_ids) + len(r.response_ids), (i,)) for i, r in enumerate(responses)]
+        return sorted(rows, key=lambda row: (-row.width, row.responses))
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, r in enumerate(responses):
+        groups.setdefault(tuple(r.prompt_ids), []).append(i)
+    rows = []
+    for prompt, members in groups.items():
+        # attention costs grow with the square of the width: past this, one more copy of the prompt is cheaper
+        limit = max(SHARED_ROW_TOKENS, 2 * len(prompt))
+        width, row = len(prompt), list[int]()
+        for i in sorted(members, key=lambda i: (-len(responses[i].response_ids), i)):
+            size = len(responses[i].response_ids)
+            if row and width + size > limit:
+                rows.append(_Row(width, tuple(row)))
+                width, row = len(prompt), []
+            width += size
+            row.append(i)
+        rows.append(_Row(width, tuple(row)))
+    return sorted(rows, key=lambda row: (-row.width, row.responses))
+
+
+def _batches(rows: Sequence[_Row], budget: int, *, alone: bool) -> Iterator[Sequence[_Row]]:
+    """Yield so many rows that rows x widest <= budget (a single row may exceed it)."""
     start = 0
-    while start < len(order):
-        rows = 1 if alone else max(1, budget // sizes[order[start]])
-        yield order[start : start + rows]
-        start += rows
+    while start < len(rows):
+        count = 1 if alone else max(1, budget // rows[start].width)
+        yield rows[start : start + count]
+        start += count
 
 
 def _response_states(
     split: SplitModel,
-    batch: Sequence[TokenizedResponse],
+    responses: Sequence[TokenizedResponse],
+    batch: Sequence[_Row],
     padding_side: str,
     autocast: Autocast | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return what the head needs at every response token, and the labels (N,).
+    """Return what the head needs at every response token of a batch of rows, and the labels (N,).
 
     The first is the hidden states (N, d) or, for a model without a usable split, its logits (N, V).
     """
-    width = max(len(r.prompt_ids) + len(r.response_ids) for r in batch)
+    width = batch[0].width
     ids = torch.zeros(len(batch), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    predicts = torch.zeros_like(ids, dtype=torch.bool)  # positions whose *next* token is a response token
-    for row, r in enumerate(batch):
-        tokens = [*r.prompt_ids, *r.response_ids]
-        first = width - len(tokens) if padding_side == "left" else 0
-        end = first + len(tokens)
-        ids[row, first:end] = torch.tensor(tokens)
-        mask[row, first:end] = 1
-        predicts[row, end - len(r.response_ids) - 1 : end - 1] = True
-    labels = torch.tensor([token for r in batch for token in r.response_ids])
+    positions = torch.zeros_like(ids)
+    segments = torch.full_like(ids, -1)
+    at_row: list[int] = []
+    at_column: list[int] = []  # of the position that predicts each response token
+    labels: list[int] = []
+    for b, row in enumerate(batch):
+        place = width - row.width if padding_side == "left" else 0
+        prompt = responses[row.responses[0]].prompt_ids
+        last = place + len(prompt) - 1
+        pieces = [prompt, *(responses[i].response_ids for i in row.responses)]
+        for k, piece in enumerate(pieces):
+            window = slice(place, place + len(piece))
+            first = 0 if k == 0 else len(prompt)
+            ids[b, window] = torch.tensor(piece)
+            positions[b, window] = torch.arange(first, first + len(piece))
+            segments[b, window] = k
+            if k > 0:
+                at_row += [b] * len(piece)
+                at_column += [last, *range(place, place + len(piece) - 1)]
+                labels += piece
+            place += len(piece)
+    rows = TokenRows(ids, positions, segments)
     with (autocast or nullcontext)():
-        forward = split.logits if split.backbone is None else split.hidden_states
-        states = forward(ids.to(split.device), mask.to(split.device))
-    return states[predicts.to(states.device)], labels
+        states = split.logits(rows) if split.backbone is None else split.hidden_states(rows)
+    where = (torch.tensor(at_row, device=states.device), torch.tensor(at_column, device=states.device))
+    return states[where], torch.tensor(labels)
 
 
 def _logits(split: SplitModel, states: Tensor, autocast: Autocast | None) -> Tensor:

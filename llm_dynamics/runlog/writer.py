@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,18 @@ class RunLogWriter:
 
     Args:
         folder: The run-log folder, usually `<output_dir>/dynamics`.
-        meta: What `meta.json` shall say; `schema_version` is added.
     """
 
-    def __init__(self, folder: str | Path, meta: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.meta: dict[str, Any] = {"schema_version": schema.SCHEMA_VERSION, **meta}
+        self.meta: dict[str, Any] = {}
 
-    def start(self, probes: pd.DataFrame) -> Path | None:
+    def start(self, probes: pd.DataFrame, meta: Mapping[str, Any]) -> Path | None:
         """Begin a new run log; one that is there already is moved aside, never overwritten.
 
         Args:
             probes: The probes table, columns of `schema.PROBES`.
+            meta: What `meta.json` shall say; `schema_version` is added.
 
         Returns:
             Where the earlier run log now lies, or None where there was none.
@@ -50,30 +50,28 @@ class RunLogWriter:
         for table in schema.OBSERVED_TABLES:
             (self.folder / table).mkdir(parents=True, exist_ok=True)
         _write_table(self.folder / schema.PROBES_FILE, _to_arrow(probes, schema.PROBES))
+        self.meta = {"schema_version": schema.SCHEMA_VERSION, **meta}
         self.update_meta()
         return moved
 
-    def resume(self, step: int) -> list[int]:
+    def resume(self, step: int, meta: Mapping[str, Any]) -> list[int]:
         """Continue the run log from a checkpoint: drop what was observed after it.
 
         Args:
             step: Optimizer step of the checkpoint; observations up to and including it are kept.
+            meta: What `meta.json` shall say; keys that only the first run set stay.
 
         Returns:
             The steps whose observations were dropped, ascending.
 
         Raises:
-            RunLogError: Where there is no run log to continue, or it watches other probes; both are shown.
+            RunLogError: Where the run log there is unreadable or watches other probes; both are shown.
         """
-        if not (self.folder / schema.META_FILE).exists():
-            raise RunLogError(
-                f"training resumes at step {step}, but there is no run log at {self.folder}; its curves would start "
-                "in the middle. Give the run log's folder, or resume with a new one by passing on_resume='start'."
-            )
         old = read_meta(self.folder)
-        changed = [key for key in _IDENTITY if old.get(key) != self.meta.get(key)]
+        new = {"schema_version": schema.SCHEMA_VERSION, **meta}
+        changed = [key for key in _IDENTITY if old.get(key) != new.get(key)]
         if changed:
-            shown = "; ".join(f"{key}: run log {old.get(key)!r}, now {self.meta.get(key)!r}" for key in changed)
+            shown = "; ".join(f"{key}: run log {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
             raise RunLogError(
                 f"cannot continue the run log at {self.folder}: {shown}. Resume with the probes of the first run, "
                 "or move the run log elsewhere and start a new one."
@@ -90,13 +88,17 @@ class RunLogWriter:
                     part.unlink()
                     dropped.add(done)
         # What the first run decided stays: which probes keep their tokens, for one.
-        self.meta = {**self.meta, **{key: value for key, value in old.items() if key not in self.meta}}
-        self.meta["resumed_at"] = [*old.get("resumed_at", []), step]
-        self.update_meta()
+        self.meta = {**old, **new}
+        self.update_meta(created=old.get("created"), resumed_at=[*old.get("resumed_at", []), step])
         return sorted(dropped)
 
     def write(
-        self, step: int, *, sequences: pd.DataFrame, tokens: pd.DataFrame | None, scalars: Mapping[str, Any]
+        self,
+        step: int,
+        *,
+        sequences: pd.DataFrame,
+        tokens: pd.DataFrame | None,
+        scalars: Callable[[], Mapping[str, Any]],
     ) -> None:
         """Write one observation.
 
@@ -104,17 +106,26 @@ class RunLogWriter:
             step: Optimizer steps done; an observation of the same step is replaced.
             sequences: Columns of `schema.SEQUENCES` (`step` is filled in; a missing column becomes null).
             tokens: Columns of `schema.TOKENS`, or None to keep no tokens of this observation.
-            scalars: The row of `schema.STEPS`, and the run's metrics by name.
+            scalars: Gives the row of `schema.STEPS` and the run's metrics by name; called when the other tables are on
+                disk, so that it can count the time that writing them took.
         """
-        steps = pd.DataFrame([{"step": step, **scalars}])
-        metrics = [name for name in steps.columns if name not in schema.STEPS.names]
-        extended = pa.schema([*schema.STEPS, *(pa.field(name, pa.float64()) for name in metrics)])
-        frames = {"sequences": (sequences, schema.SEQUENCES), "tokens": (tokens, schema.TOKENS)}
-        (self.folder / "steps" / schema.part_name(step)).unlink(missing_ok=True)  # not complete while it is replaced
-        for name, (frame, columns) in {**frames, "steps": (steps, extended)}.items():
+        part = schema.part_name(step)
+        (self.folder / "steps" / part).unlink(missing_ok=True)  # not complete while it is replaced
+        for name, frame, columns in (("sequences", sequences, schema.SEQUENCES), ("tokens", tokens, schema.TOKENS)):
             if frame is not None:
-                part = self.folder / name / schema.part_name(step)
-                _write_table(part, _to_arrow(frame.assign(step=step), columns))
+                _write_table(self.folder / name / part, _to_arrow(frame.assign(step=step), columns))
+        row = pd.DataFrame([scalars()]).assign(step=step)
+        metrics = [name for name in row.columns if name not in schema.STEPS.names]
+        extended = pa.schema([*schema.STEPS, *(pa.field(name, pa.float64()) for name in metrics)])
+        _write_table(self.folder / "steps" / part, _to_arrow(row, extended))
+
+    def exists(self) -> bool:
+        """Tell whether there is a run log in the folder."""
+        return (self.folder / schema.META_FILE).is_file()
+
+    def steps(self) -> list[int]:
+        """Return the steps whose observation is complete, ascending."""
+        return completed_steps(self.folder)
 
     def has(self, step: int) -> bool:
         """Tell whether a complete observation of optimizer step `step` is on disk."""

@@ -1,0 +1,73 @@
+"""Every touchpoint with a private part of TRL or transformers, and nothing else.
+
+Read against TRL 1.16.0 and transformers 5.23.0; each function here has a contract test in
+`tests/contract/test_trl.py`, which says what changed when an upgrade breaks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+from trl.trainer.utils import use_adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def add_to_next_row(trainer: Trainer, metrics: Mapping[str, float]) -> bool:
+    """Put metrics into the trainer's next log row, beside the loss.
+
+    TRL's trainers average `_metrics["train"][key]` over the values since the last row. A state is no average: the list
+    is replaced, so that the row holds the latest observation.
+
+    Args:
+        trainer: Any trainer.
+        metrics: Finite values by name.
+
+    Returns:
+        False where the trainer has no such store (a plain `transformers.Trainer`), and nothing was done.
+    """
+    store = getattr(trainer, "_metrics", None)
+    if not isinstance(store, dict) or "train" not in store:
+        return False
+    for name, value in metrics.items():
+        store["train"][name] = [value]
+    return True
+
+
+def log_row(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Log a row of its own at the current step, without flushing or swallowing the trainer's next one.
+
+    TRL's `log` would flush its metrics into this row, and the callback handler resets `should_log`, which would cost
+    the loss row of the same step: so the base class's `log` is called, and the flag restored.
+
+    Args:
+        trainer: Any trainer.
+        metrics: Finite values by name.
+    """
+    should_log = trainer.control.should_log
+    Trainer.log(trainer, dict(metrics))
+    trainer.control.should_log = should_log
+
+
+def chat_template(trainer: Trainer) -> str | None:
+    """Return the chat template that an `SFTTrainer` swaps in for `assistant_only_loss`, or None for the tokenizer's."""
+    return getattr(trainer, "chat_template", None)
+
+
+def reference_model(trainer: Trainer) -> Any:
+    """Return the frozen reference model that a trainer carries (DPO, KTO, GRPO with beta > 0), or None."""
+    return getattr(trainer, "ref_model", None)
+
+
+def reference_adapter(model: PeftModel) -> AbstractContextManager[Any]:
+    """Return the context in which a PEFT model is its own reference.
+
+    TRL keeps a copy of a pre-trained adapter under the name "ref" and otherwise turns the adapter off.
+    """
+    if "ref" in model.peft_config:
+        return use_adapter(model, adapter_name="ref")
+    return model.disable_adapter()

@@ -1,0 +1,6 @@
+"""How a run is watched while it trains."""
+
+from llm_dynamics.callbacks.probe import ProbeCallback
+from llm_dynamics.callbacks.watch import watch
+
+__all__ = ["ProbeCallback", "watch"]

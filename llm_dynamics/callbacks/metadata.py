@@ -1,0 +1,79 @@
+"""What `meta.json` says about a run: enough to know what was measured, on what, and how."""
+
+from __future__ import annotations
+
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerState
+
+from llm_dynamics.likelihood.head import unwrap_model
+
+if TYPE_CHECKING:
+    from llm_dynamics.callbacks.probe import ProbeCallback
+
+PACKAGES = ("llm-dynamics", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "pandas", "pyarrow")
+ARGUMENTS = (
+    "loss_type", "beta", "optim", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed",
+    "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "num_train_epochs",
+)  # fmt: skip
+"""Training arguments that `meta.json` keeps, where the trainer has them."""
+
+
+def describe_run(callback: ProbeCallback, state: TrainerState) -> dict[str, Any]:
+    """Return the contents of `meta.json`: JSON-able, by name."""
+    trainer, args = callback.trainer, callback.trainer.args
+    wrapped: Any = trainer.model
+    model: Any = unwrap_model(wrapped)
+    parameters = list(wrapped.parameters())
+    tokenizer = trainer.processing_class
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "trainer": type(trainer).__name__,
+        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        "model_class": type(model).__name__,
+        "adapter": type(wrapped).__name__ if wrapped is not model else None,
+        "n_parameters": sum(p.numel() for p in parameters),
+        "n_trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "dtype": str(next(iter(parameters)).dtype).removeprefix("torch."),
+        "device": str(trainer.accelerator.device),
+        "mixed_precision": trainer.accelerator.mixed_precision,
+        "world_size": args.world_size,
+        "tokenizer": getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__,
+        "max_steps": state.max_steps,
+        "arguments": {name: _plain(getattr(args, name)) for name in ARGUMENTS if hasattr(args, name)},
+        "every": callback.every,
+        "max_overhead": callback.max_overhead,
+        "squeeze_strength": callback.squeeze_strength,
+        "reference": callback.reference,
+        "truncation": {"max_length": callback.truncation.max_length, "mode": callback.truncation.mode},
+        "n_truncated": callback.encoded.n_truncated,
+        "boundary_merges": callback.encoded.boundary_merges,
+        "n_probes": len(callback.encoded),
+        "families": list(callback.probes.families),
+        "probes_fingerprint": callback.probes.fingerprint(),
+        "probes": _plain(dict(callback.probes.metadata)),
+        "dropped_probes": [
+            *({"source_row": d.source_row, "family": d.family, "reason": d.reason} for d in callback.probes.dropped),
+            *({"probe_id": probe_id, "reason": reason} for probe_id, reason in callback.encoded.dropped),
+        ],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

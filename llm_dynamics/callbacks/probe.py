@@ -1,0 +1,352 @@
+"""The callback that watches probes during training and writes the run log."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llm_dynamics import _trl
+from llm_dynamics.callbacks.metadata import describe_run
+from llm_dynamics.callbacks.metrics import finite_only, observation_metrics
+from llm_dynamics.callbacks.refusals import refuse_unscorable
+from llm_dynamics.callbacks.schedule import Clock
+from llm_dynamics.callbacks.sharding import broadcast, gather_frames, share_of
+from llm_dynamics.callbacks.token_budget import choose_token_probes
+from llm_dynamics.likelihood import score_logps, score_responses, sequence_table, split_model, token_table
+from llm_dynamics.likelihood.preserve import evaluating
+from llm_dynamics.likelihood.scoring import DEFAULT_BATCH_TOKENS, ResponseScores
+from llm_dynamics.probes import ProbeSet, TruncationRule, encode_probes, probe_table
+from llm_dynamics.runlog import RunLogWriter, schema
+from llm_dynamics.runlog.reader import read_part
+
+logger = logging.getLogger(__name__)
+
+
+class ProbeCallback(TrainerCallback):
+    """Observes how likely every probe response is: at the start, every `every` steps, and at the end.
+
+    Watching changes nothing: weights, losses, random state and module modes are those of the run without it, bit for
+    bit. Each observation goes to the run log, `<output_dir>/dynamics`, and its family means into the trainer's own log
+    rows (`probe/<family>_logp`, `probe/<family>_delta`, `probe/argmax_logp`, `probe/margin`,
+    `squeeze/<family>_<statistic>`, `dynamics/overhead`), next to the loss. The observation before the first step has a
+    row of its own, at step 0.
+
+    Works with `SFTTrainer`, `DPOTrainer`, `KTOTrainer`, `GRPOTrainer`, `RLOOTrainer` and a plain `Trainer` with a
+    causal LM; on several data-parallel processes, each scores a share of the probes.
+
+    Args:
+        trainer: The trainer to watch; its model, `processing_class`, truncation and `output_dir` are used.
+        probes: What to watch.
+        every: Optimizer steps between observations.
+        tokens: Keep token statistics in the run log, within `token_budget_mb`.
+        max_overhead: Most seconds of watching per second of training, such as 0.1; an observation that would exceed it
+            is left out, with a word in the log. The first and the last always take place. None: no limit.
+        token_budget_mb: Megabytes that the token tables of the run may take. Where all probes do not fit, those of a
+            seeded sample of prompts keep their tokens (`meta.json`: `token_probes`).
+        squeeze_strength: e of the negative step in the squeezing statistics.
+        reference: "auto" adds reference log-probs under the trainer's own reference (a PEFT model's adapter off, or
+            `trainer.ref_model`), "none" leaves them out.
+        batch_tokens: Most tokens in one forward.
+        log_folder: Run-log folder; None: `<output_dir>/dynamics`.
+        seed: Seed of the sample of `token_budget_mb`.
+
+    Raises:
+        TypeError: Where `trainer` is not a trainer or `probes` not a `ProbeSet`.
+        ValueError: For arguments out of range, or probes that cannot be tokenised.
+        NotImplementedError: For what cannot be watched: reward models, sharded parameters, models without an LM head.
+
+    Example:
+        >>> trainer.add_callback(ProbeCallback(trainer, probes, every=25))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        probes: ProbeSet,
+        every: int = 25,
+        *,
+        tokens: bool = True,
+        max_overhead: float | None = None,
+        token_budget_mb: float = 200.0,
+        squeeze_strength: float = 1.0,
+        reference: str = "auto",
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        log_folder: str | Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(trainer, Trainer):
+            raise TypeError(f"trainer must be a transformers or TRL trainer; seen {type(trainer).__name__}")
+        if not isinstance(probes, ProbeSet):
+            raise TypeError(f"probes must be a ProbeSet (see ProbeSet.from_preference_dataset); seen {type(probes)}")
+        if every < 1:
+            raise ValueError(f"every is {every}; observe every 1, 2, ... optimizer steps")
+        if max_overhead is not None and not max_overhead > 0:
+            raise ValueError(f"max_overhead is {max_overhead}; give a positive share such as 0.1, or None for no limit")
+        if token_budget_mb < 0 or not squeeze_strength > 0:
+            raise ValueError(
+                f"token_budget_mb must be >= 0 and squeeze_strength > 0; seen {token_budget_mb}, {squeeze_strength}"
+            )
+        if reference not in ("auto", "none"):
+            raise ValueError(f'reference is {reference!r}; allowed: "auto", "none"')
+        refuse_unscorable(trainer)
+        self.trainer = trainer
+        self.every = every
+        self.tokens = tokens
+        self.max_overhead = max_overhead
+        self.token_budget_mb = token_budget_mb
+        self.squeeze_strength = squeeze_strength
+        self.reference = reference
+        self.batch_tokens = batch_tokens
+        self.seed = seed
+        self.clock = Clock()
+
+        self.truncation = TruncationRule(
+            getattr(trainer.args, "max_length", None), getattr(trainer.args, "truncation_mode", "keep_start")
+        )
+        self._tokenizer: Any = trainer.processing_class  # a processor is refused by encode_probes
+        self.encoded = encode_probes(
+            probes, self._tokenizer, truncation=self.truncation, chat_template=_trl.chat_template(trainer)
+        )
+        self.probes = probes
+        self._table = probe_table(probes, self.encoded)
+        self._share = share_of(self.encoded, trainer.args.process_index, trainer.args.world_size)
+        self._autocast = trainer.accelerator.autocast if trainer.accelerator.mixed_precision != "no" else None
+        with evaluating(self._model):
+            split_model(self._model)  # what cannot be scored is refused now, not hours into the run
+        folder = Path(log_folder) if log_folder else Path(trainer.args.output_dir or ".") / schema.FOLDER
+        self._log = RunLogWriter(folder)
+        self._token_probes: set[str] = set()
+        self._start: dict[str, float] = {}
+        self._ref_logp: torch.Tensor | None = None
+        self._observed: int | None = None
+        self._skipped: list[int] = []
+
+    @property
+    def log_folder(self) -> Path:
+        """Where the run log is written."""
+        return self._log.folder
+
+    @property
+    def _model(self) -> Any:
+        return self.trainer.model
+
+    # ---- events -------------------------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the run log, new or continued, and observe."""
+        self.clock = Clock()
+        self._observed, self._skipped, self._ref_logp = None, [], None
+        if state.is_world_process_zero:
+            self._open_log(state)
+        opened = (self._token_probes, self._start, self._log.has(state.global_step))
+        self._token_probes, self._start, observed = broadcast(opened)
+        if observed:
+            self._observed = state.global_step  # the checkpoint's own observation is in the log
+        else:
+            self._observe(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Observe every `every` steps, and after the last."""
+        last = state.global_step >= state.max_steps > 0
+        if last or (state.global_step % self.every == 0 and self._affordable(state)):
+            self._observe(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Observe the end of a run that stopped early, and close the log."""
+        if self._observed != state.global_step:
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                logger.warning(
+                    "training stopped early and the best checkpoint was loaded: these are not the weights of step %d, "
+                    "so they are not observed",
+                    state.global_step,
+                )
+            else:
+                self._observe(state, own_row=True)
+        if state.is_world_process_zero:
+            self._log.update_meta(finished_at_step=state.global_step)
+
+    # ---- run log ------------------------------------------------------------------------------------------------
+
+    def _open_log(self, state: TrainerState) -> None:
+        meta = describe_run(self, state)
+        if state.global_step > 0 and self._log.exists():
+            dropped = self._log.resume(state.global_step, meta)
+            if dropped:
+                logger.info("run log continued at step %d; dropped steps %s", state.global_step, dropped)
+            self._start = self._first_observation()
+        else:
+            if state.global_step > 0:
+                logger.warning(
+                    "training resumes at step %d but there is no run log at %s: a new one starts here, and changes are "
+                    "counted from this step",
+                    state.global_step,
+                    self.log_folder,
+                )
+            self._start = {}
+            moved = self._log.start(self._table, meta)
+            if moved is not None:
+                logger.warning("an earlier run log was moved to %s", moved)
+        kept = self._log.meta.get("token_probes")
+        if kept is None:
+            kept = self._choose_token_probes(state)
+            self._log.update_meta(token_probes=kept)
+        self._token_probes = set(self._table["probe_id"]) if kept == "all" else set(kept)
+
+    def _first_observation(self) -> dict[str, float]:
+        steps = self._log.steps()
+        if not steps:
+            return {}
+        part = self.log_folder / "sequences" / schema.part_name(steps[0])
+        first = read_part(part, schema.SEQUENCES).to_pandas()
+        return dict(zip(first["probe_id"], first["logp_sum"], strict=True))
+
+    def _choose_token_probes(self, state: TrainerState) -> list[str] | str:
+        if not self.tokens:
+            return []
+        observations = (state.max_steps - state.global_step) // self.every + 2
+        kept = choose_token_probes(self._table, observations, self.token_budget_mb * 1e6, seed=self.seed)
+        if kept != "all":
+            logger.warning(
+                "token tables of all %d probes would exceed token_budget_mb=%g: %d probes keep their tokens "
+                "(meta.json: token_probes)",
+                len(self._table),
+                self.token_budget_mb,
+                len(kept),
+            )
+        return kept
+
+    # ---- observing ----------------------------------------------------------------------------------------------
+
+    def _affordable(self, state: TrainerState) -> bool:
+        if self.max_overhead is None:
+            return True
+        affordable = bool(broadcast(self.clock.fits(self.max_overhead)))  # clocks differ: the main process decides
+        if not affordable:
+            self._skipped.append(state.global_step)
+            if state.is_world_process_zero:
+                logger.warning(
+                    "no observation at step %d: with it, watching would take more than max_overhead=%g of training",
+                    state.global_step,
+                    self.max_overhead,
+                )
+                self._log.update_meta(skipped_steps=[*self._log.meta.get("skipped_steps", []), state.global_step])
+        return affordable
+
+    def _observe(self, state: TrainerState, *, own_row: bool = False) -> None:
+        begun = time.monotonic()
+        first = self._observed is None
+        self._observed = state.global_step
+        sequences, tokens = self._score(state)
+        if not self._start:
+            self._start = dict(zip(sequences["probe_id"], sequences["logp_sum"], strict=True))
+        metrics = observation_metrics(sequences, self._start)
+        if metrics["probe/n_nonfinite"] and state.is_world_process_zero:
+            logger.warning(
+                "step %d: %d response tokens have NaN or infinite log-probs; their families have no finite mean",
+                state.global_step,
+                metrics["probe/n_nonfinite"],
+            )
+        if state.is_world_process_zero:
+            self._write(state, sequences, tokens, metrics, begun, first)
+        else:
+            self.clock.record(time.monotonic() - begun)
+        if not first:
+            metrics["dynamics/overhead"] = self.clock.watching / self.clock.training
+        metrics = finite_only(broadcast(metrics))
+        if first or own_row or not _trl.add_to_next_row(self.trainer, metrics):
+            _trl.log_row(self.trainer, metrics)
+
+    def _score(self, state: TrainerState) -> tuple[pd.DataFrame, pd.DataFrame]:
+        share = [self.encoded[i] for i in self._share]
+        table = self._table.iloc[self._share]
+        sequences, tokens = pd.DataFrame(), pd.DataFrame()
+        if share:
+            with self._progress(len(share), state) as bar:
+                scores = score_responses(
+                    self._model,
+                    share,
+                    batch_tokens=self.batch_tokens,
+                    squeeze_strength=self.squeeze_strength,
+                    autocast=self._autocast,
+                    on_progress=bar.update,
+                )
+            scores = ResponseScores(scores.lengths, scores.tokens, self._reference_logps(share))
+            sequences = sequence_table(scores, table).assign(order=self._share)
+            tokens = token_table(scores, table["probe_id"].tolist(), self._decode)
+            tokens["order"] = tokens["probe_id"].map(dict(zip(table["probe_id"], self._share, strict=True)))
+            tokens = tokens[tokens["probe_id"].isin(self._token_probes)]
+        return gather_frames(sequences, "order"), gather_frames(tokens, "order") if self._token_probes else tokens
+
+    def _reference_logps(self, share: list[Any]) -> torch.Tensor | None:
+        if self.reference == "none":
+            return None
+        changing = getattr(self.trainer.args, "sync_ref_model", False)
+        if self._ref_logp is None or changing:
+            context: AbstractContextManager[Any] = nullcontext()
+            model = _trl.reference_model(self.trainer)
+            if model is None:
+                if not hasattr(self._model, "disable_adapter"):
+                    return None
+                model, context = self._model, _trl.reference_adapter(self._model)
+            with context:
+                self._ref_logp = score_logps(model, share, batch_tokens=self.batch_tokens, autocast=self._autocast)
+        return self._ref_logp
+
+    def _write(
+        self,
+        state: TrainerState,
+        sequences: pd.DataFrame,
+        tokens: pd.DataFrame,
+        metrics: Mapping[str, float],
+        begun: float,
+        first: bool,
+    ) -> None:
+        keeps_tokens = bool(len(tokens)) and self._log.table_bytes("tokens") < self.token_budget_mb * 1e6
+        last_row: dict[str, Any] = {}
+        for row in state.log_history:
+            last_row.update({key: row[key] for key in ("loss", "learning_rate", "grad_norm") if key in row})
+
+        def scalars() -> dict[str, Any]:
+            seconds = time.monotonic() - begun
+            training = self.clock.record(seconds)
+            return {
+                "epoch": state.epoch,
+                "seconds_observing": seconds,
+                "seconds_training": training,
+                "overhead": None if first else self.clock.watching / self.clock.training,
+                "n_probes": len(sequences),
+                "n_response_tokens": int(sequences["n_tokens"].sum()),
+                "n_nonfinite": int(sequences["n_nonfinite"].sum()),
+                **last_row,
+                **metrics,
+            }
+
+        self._log.write(
+            state.global_step, sequences=sequences, tokens=tokens if keeps_tokens else None, scalars=scalars
+        )
+        if len(tokens) and not keeps_tokens and "tokens_end_at_step" not in self._log.meta:
+            logger.warning("token_budget_mb=%g is used up: no more token tables", self.token_budget_mb)
+            self._log.update_meta(tokens_end_at_step=state.global_step)
+
+    def _decode(self, token: int) -> str:
+        return self._tokenizer.decode([token])
+
+    def _progress(self, total: int, state: TrainerState) -> tqdm:
+        hidden = self.trainer.args.disable_tqdm or not state.is_world_process_zero
+        # `delay`: a short observation shows no bar
+        return tqdm(
+            total=total, desc=f"Observing probes at step {state.global_step}", leave=False, disable=hidden, delay=2
+        )

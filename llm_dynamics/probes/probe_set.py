@@ -1,0 +1,473 @@
+"""`ProbeSet`: the prompts and responses that are watched, and how they were made."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Unpack, overload
+
+import pandas as pd
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from llm_dynamics.probes import rows, storage, tables
+from llm_dynamics.probes.build import BuildOptions, build_probes, check_join, collect_probes, read_candidates
+from llm_dynamics.probes.builders import Source, build_family, pairs_of
+from llm_dynamics.probes.families import FAMILY_ORDER, check_families, stable_hash
+from llm_dynamics.probes.probe import DroppedProbe, Probe, prompt_identity
+from llm_dynamics.probes.rephrase import Rephraser
+from llm_dynamics.probes.rows import NOT_GIVEN, Columns, DropIf, Missing, Row, Rows
+
+__all__ = ["HH_COLUMNS", "HH_DROP_IF", "DroppedProbe", "Probe", "ProbeSet"]
+
+HH_COLUMNS: Columns = MappingProxyType(
+    {
+        "chosen": "chosen",
+        "rejected": "rejected",
+        "chosen_initial": "chosen_initial",
+        "chosen_semantic": "chosen_gptsemantic",
+        "rejected_semantic": "reject_gptsemantic",
+        "chosen_format": "chosen_gptformat",
+        "rejected_format": "reject_gptformat",
+        "chosen_selfr": "chosen_selfr",
+        "other_train": ("irr_train", "irr_test"),
+        "human_random": "irr_hum",
+        "ungrammatical": "random_permute",
+        "random": "random_nonhum",
+    }
+)
+"""Families of the probe file released with *Learning Dynamics of LLM Finetuning*.
+
+Its `irr_test` was drawn from the *training* split, so it is a second `other_train` (`<prompt_id>/other_train-2`), not
+`other_test`; `random_nonhum` is its words shuffled.
+"""
+
+HH_DROP_IF: DropIf = MappingProxyType({"chosen_selfr": "@@@"})
+"""Most `chosen_selfr` of that file are the rephrasing prompt's own few-shot text, marked by `@@@`; this drops them."""
+
+
+class ProbeSet(Sequence[Probe]):
+    """An immutable sequence of probes, with the account of how they were made and which were dropped.
+
+    Args:
+        probes: The probes; ids unique, one prompt per `prompt_id`.
+        dropped: Probes that were asked for and are not there.
+        metadata: JSON-able: seed, join rule, source, and how each family was made.
+
+    Raises:
+        ValueError: If there are no probes, ids repeat, a family is unknown, or one prompt_id has two prompts.
+
+    Example:
+        >>> probes = ProbeSet.from_preference_dataset(rows, families=("chosen", "rejected", "ungrammatical"))
+        >>> probes.summary()
+    """
+
+    def __init__(
+        self,
+        probes: Sequence[Probe],
+        *,
+        dropped: Sequence[DroppedProbe] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._probes = tuple(probes)
+        self._dropped = tuple(dropped)
+        self._metadata = json.loads(json.dumps(dict(metadata or {})))
+        if not self._probes:
+            raise ValueError("A probe set needs at least one probe; got none.")
+        repeated = [name for name, n in Counter(probe.probe_id for probe in self._probes).items() if n > 1]
+        if repeated:
+            raise ValueError(f"{len(repeated)} probe ids occur more than once, e.g. {repeated[:3]}; make them unique.")
+        self._families = check_families(tuple({probe.family: None for probe in self._probes}))
+        prompts: dict[str, str] = {}
+        for probe in self._probes:
+            if prompts.setdefault(probe.prompt_id, prompt_identity(probe.prompt)) != prompt_identity(probe.prompt):
+                raise ValueError(f"prompt_id {probe.prompt_id!r} stands for two different prompts; give each its own.")
+        self._prompt_ids = tuple(prompts)
+
+    # -- Making one ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_preference_dataset(
+        cls,
+        dataset: Rows,
+        *,
+        families: Sequence[str] | None = None,
+        n_prompts: int | None = None,
+        seed: int = 0,
+        held_out: Rows | None = None,
+        columns: Columns | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        rephraser: Rephraser | None = None,
+        join: str = "reference",
+        prompt: str = "prompt",
+        drop_if: DropIf | None = None,
+    ) -> ProbeSet:
+        """Make probes from preference rows, in any form that `DPOTrainer` takes: plain, implicit prompt, chat.
+
+        Args:
+            dataset: A `datasets.Dataset`, a data frame, or dictionaries.
+            families: Families wanted; by default chosen and rejected, and those of `columns`.
+            n_prompts: How many prompts to draw (by a hash of their contents and the seed); None for all.
+            seed: Seed of every draw.
+            held_out: Rows that are not trained on; `other_test` and `random` draw from them.
+            columns: By family, the column that holds it, or several. The family of a writer needs no entry if a
+                column bears its name.
+            tokenizer: The trainer's tokenizer; `random_tokens` needs it.
+            rephraser: Writes the writer's families that have no column.
+            join: `reference`: chosen and rejected stay byte for byte, every other response gets the leading whitespace
+                of its row's chosen response and no trailing whitespace. `as_is`: nothing is changed.
+            prompt: Name of the prompt column.
+            drop_if: By family, a text that must not occur in a response, or a test that is true for those to drop.
+
+        Returns:
+            The set, by row and then by family.
+
+        Raises:
+            ValueError: For bad input, saying what was seen and what to change.
+        """
+        mapping = {"chosen": "chosen", "rejected": "rejected", **(columns or {})}
+        records = rows.preference_records(dataset, prompt=prompt, columns=mapping)
+        parts = build_probes(
+            records,
+            columns=mapping,
+            source={"kind": "preference dataset"},
+            prompt=prompt,
+            families=families,
+            n_prompts=n_prompts,
+            seed=seed,
+            held_out=held_out,
+            tokenizer=tokenizer,
+            rephraser=rephraser,
+            join=join,
+            drop_if=drop_if,
+        )
+        return cls._built(parts)
+
+    @classmethod
+    def from_prompt_completion(
+        cls,
+        dataset: Rows,
+        *,
+        columns: Columns | None = None,
+        completion: str = "completion",
+        **options: Unpack[BuildOptions],
+    ) -> ProbeSet:
+        """Make probes from the prompt-completion rows of `SFTTrainer`; the completion is family `chosen`.
+
+        Args:
+            dataset: A `datasets.Dataset`, a data frame, or dictionaries.
+            columns: By family, its column or columns; by default there is the completion only.
+            completion: Name of the completion column.
+            **options: `families`, `n_prompts`, `seed`, `held_out`, `tokenizer`, `rephraser`, `join`, `prompt` and
+                `drop_if`, as in `from_preference_dataset`.
+
+        Returns:
+            The set, by row and then by family.
+
+        Raises:
+            ValueError: For bad input, saying what was seen and what to change.
+        """
+        mapping = {"chosen": completion, **(columns or {})}
+        source = {"kind": "prompt-completion dataset"}
+        return cls._built(build_probes(rows.as_records(dataset), columns=mapping, source=source, **options))
+
+    @classmethod
+    def from_records(
+        cls,
+        records: Rows,
+        *,
+        columns: Columns,
+        source: Mapping[str, Any] | None = None,
+        **options: Unpack[BuildOptions],
+    ) -> ProbeSet:
+        """Make probes from records whose columns hold responses of several families.
+
+        Args:
+            records: Dictionaries, a data frame, or a `datasets.Dataset`.
+            columns: By family, its column, or several columns (then `-2`, `-3`... is added to the later ids). A cell
+                may also hold a list of texts, or None if this row has none.
+            source: Where the records came from, for the metadata; JSON-able.
+            **options: `families`, `n_prompts`, `seed`, `held_out`, `tokenizer`, `rephraser`, `join`, `prompt` and
+                `drop_if`, as in `from_preference_dataset`. Families that have no column are built or written.
+
+        Returns:
+            The set, by row and then by family.
+
+        Raises:
+            ValueError: For bad input, saying what was seen and what to change.
+        """
+        described = {"kind": "records", **(source or {})}
+        return cls._built(build_probes(rows.as_records(records), columns=columns, source=described, **options))
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path, *, columns: Columns, **options: Unpack[BuildOptions]) -> ProbeSet:
+        """Make probes from a JSON Lines file, one record per line.
+
+        Args:
+            path: The file.
+            columns: By family, its column or columns, e.g. `HH_COLUMNS`.
+            **options: As in `from_records`, e.g. `drop_if=HH_DROP_IF`.
+
+        Returns:
+            The set, by row and then by family.
+
+        Raises:
+            ValueError: If a line is no JSON object, or for bad input as in `from_records`.
+        """
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        source = {"kind": "jsonl", "file": Path(path).name, "sha256": digest}
+        records = rows.as_records(rows.read_jsonl(path), str(path))
+        return cls._built(build_probes(records, columns=columns, source=source, **options))
+
+    @classmethod
+    def _built(cls, parts: tuple[list[Probe], list[DroppedProbe], dict[str, Any]]) -> ProbeSet:
+        probes, dropped, metadata = parts
+        return cls(probes, dropped=dropped, metadata=metadata)
+
+    # -- Looking at it -------------------------------------------------------------------------------------------
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        """The probes, by row and then by family."""
+        return self._probes
+
+    @property
+    def dropped(self) -> tuple[DroppedProbe, ...]:
+        """What was asked for and is not there, with reasons."""
+        return self._dropped
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Seed, join rule, source, and how each family was made (a copy)."""
+        return copy.deepcopy(self._metadata)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Families present, in canonical order."""
+        return self._families
+
+    @property
+    def prompt_ids(self) -> tuple[str, ...]:
+        """Ids of the prompts, in order."""
+        return self._prompt_ids
+
+    @overload
+    def __getitem__(self, index: int) -> Probe: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Probe, ...]: ...
+    def __getitem__(self, index: int | slice) -> Probe | tuple[Probe, ...]:
+        return self._probes[index]
+
+    def __len__(self) -> int:
+        return len(self._probes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ProbeSet) and self._probes == other._probes
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint())
+
+    def __repr__(self) -> str:
+        return f"ProbeSet({len(self)} probes, {len(self.prompt_ids)} prompts, families: {', '.join(self.families)})"
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 (hex) of the probes in order: equal exactly when two sets hold the same probes."""
+        digest = hashlib.sha256()
+        for probe in self._probes:
+            digest.update(json.dumps(storage.probe_record(probe), sort_keys=True).encode() + b"\n")
+        return digest.hexdigest()
+
+    def summary(self) -> pd.DataFrame:
+        """Return one row per family, dropped ones included, in canonical order.
+
+        Returns:
+            A frame indexed by `family` with `n` probes, `prompts`, `dropped` (bad responses), `not_given` (rows whose
+            data holds none), `mean_chars` and `mean_words` of the responses, `made_by`, and `drop_reasons`.
+        """
+        return tables.summarise(self._probes, self._dropped, self._metadata.get("families", {}))
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per probe with the fields of `Probe`; chat prompts as text, `role: content` per line."""
+        return tables.as_frame(self._probes)
+
+    def to_dataset(self) -> Dataset:
+        """Return a `datasets.Dataset` with the fields of `Probe`; chat prompts stay messages.
+
+        Raises:
+            ValueError: If some prompts are chat and others are text: one column cannot hold both.
+        """
+        return tables.as_dataset(self._probes)
+
+    # -- Keeping it ----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write one Parquet file (data and JSON, no pickle), atomically, and return its path."""
+        storage.write_probes(Path(path), self._probes, self._dropped, self._metadata)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ProbeSet:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is truncated, foreign, or of a later version; it names the file.
+        """
+        probes, dropped, metadata = storage.read_probes(Path(path))
+        return cls(probes, dropped=dropped, metadata=metadata)
+
+    # -- Changing it (into another) ------------------------------------------------------------------------------
+
+    def select(
+        self,
+        *,
+        families: Sequence[str] | None = None,
+        prompt_ids: Sequence[str] | None = None,
+        n_prompts: int | None = None,
+        seed: int | None = None,
+    ) -> ProbeSet:
+        """Return the set restricted to families and prompts; the order stays.
+
+        Args:
+            families: Families to keep; None for all.
+            prompt_ids: Prompts to keep; None for all.
+            n_prompts: How many of these to draw; None for all.
+            seed: Seed of the draw; None for the set's own.
+
+        Returns:
+            The smaller set.
+
+        Raises:
+            ValueError: If a family or prompt is not in the set, there are fewer prompts than asked, or none is left.
+        """
+        kept_families = self.families if families is None else check_families(families)
+        absent = [family for family in kept_families if family not in self.families]
+        if absent:
+            raise ValueError(f"No probe of family {', '.join(map(repr, absent))} here; there are: {self.families}.")
+        wanted = self.prompt_ids if prompt_ids is None else tuple(prompt_ids)
+        unknown = [name for name in wanted if name not in set(self.prompt_ids)]
+        if unknown:
+            raise ValueError(
+                f"No prompt {unknown[:3]} here; ids go from {self.prompt_ids[0]} to {self.prompt_ids[-1]}."
+            )
+        if n_prompts is not None:
+            if not 1 <= n_prompts <= len(wanted):
+                raise ValueError(f"n_prompts is {n_prompts} and there are {len(wanted)} prompts; ask for 1 to all.")
+            seed = self._metadata.get("seed", 0) if seed is None else seed
+            identity = {probe.prompt_id: prompt_identity(probe.prompt) for probe in self._probes}
+            wanted = tuple(
+                sorted(wanted, key=lambda name: (stable_hash(seed, "select", identity[name]), name))[:n_prompts]
+            )
+        kept = set(wanted)
+        probes = [probe for probe in self._probes if probe.family in kept_families and probe.prompt_id in kept]
+        if not probes:
+            raise ValueError("No probe is left: these prompts have no response of these families.")
+        # What was dropped is known by its source row alone; that of rows with no probe left at all is kept.
+        others = {probe.source_row for probe in self._probes} - {probe.source_row for probe in probes}
+        dropped = [
+            item
+            for item in self._dropped
+            if (families is None or item.family in kept_families) and item.source_row not in others
+        ]
+        made_by = {
+            name: how
+            for name, how in self._metadata.get("families", {}).items()
+            if families is None or name in kept_families
+        }
+        metadata = {**self._metadata, "families": made_by}
+        return ProbeSet(probes, dropped=dropped, metadata=metadata)
+
+    def add_family(
+        self,
+        name: str,
+        *,
+        responses: Mapping[str, Any] | Sequence[Any] | None = None,
+        training_rows: Rows | None = None,
+        held_out: Rows | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        rephraser: Rephraser | None = None,
+        seed: int | None = None,
+        join: str | None = None,
+        drop_if: DropIf | None = None,
+    ) -> ProbeSet:
+        """Return a new set with one more family for the same prompts.
+
+        Args:
+            name: The family, not yet in the set.
+            responses: Given texts: by `prompt_id`, or one per prompt in the order of `prompt_ids`. An entry is a text,
+                a list of texts, or None.
+            training_rows: All rows that are trained on, for `other_train` to draw from; None for this set's prompts.
+            held_out: Rows that are not trained on, for `other_test` and `random`.
+            tokenizer: The trainer's tokenizer, for `random_tokens`.
+            rephraser: Writer of a writer's family without `responses`.
+            seed: Seed of the draws; None for the set's own.
+            join: `reference` or `as_is`; None for the set's own.
+            drop_if: By family, what to drop.
+
+        Returns:
+            The larger set.
+
+        Raises:
+            ValueError: If the family is unknown, already there, or what it needs is missing.
+        """
+        check_families((name,))
+        if name in self.families:
+            raise ValueError(f"Family {name!r} is already in the set; leave it out first with `select(families=...)`.")
+        seed = self._metadata.get("seed", 0) if seed is None else seed
+        join = self._metadata.get("join", "reference") if join is None else join
+        check_join(join, (*self.families, name))
+        own = self._rows()
+        made_by: dict[str, Any] = {"made_by": "given to add_family"}
+        if responses is None:
+            extra = [] if training_rows is None else read_candidates(training_rows, what="training_rows")
+            means = Source(
+                own,
+                training=pairs_of([*own, *extra]),
+                held_out=None if held_out is None else pairs_of(read_candidates(held_out, what="held_out")),
+                seed=seed,
+                tokenizer=tokenizer,
+                rephraser=rephraser,
+            )
+            made_by = build_family(name, means)
+        else:
+            self._give(own, name, responses)
+        added, dropped = collect_probes(own, (name,), join=join, drop_if=drop_if)
+        families = {**self._metadata.get("families", {}), name: {**made_by, "seed": seed, "join": join}}
+        order = {prompt_id: index for index, prompt_id in enumerate(self._prompt_ids)}
+        probes = sorted(
+            (*self._probes, *added), key=lambda probe: (order[probe.prompt_id], FAMILY_ORDER.index(probe.family))
+        )
+        return ProbeSet(probes, dropped=(*self._dropped, *dropped), metadata={**self._metadata, "families": families})
+
+    def _rows(self) -> list[Row]:
+        """Return the set as rows, one per prompt."""
+        by_prompt: dict[str, Row] = {}
+        for probe in self._probes:
+            row = by_prompt.setdefault(probe.prompt_id, Row(probe.prompt_id, probe.source_row, probe.prompt))
+            row.texts.setdefault(probe.family, []).append(probe.response)
+        return list(by_prompt.values())
+
+    def _give(self, own_rows: Sequence[Row], name: str, responses: Mapping[str, Any] | Sequence[Any]) -> None:
+        """Put given responses into the rows.
+
+        Raises:
+            ValueError: If they do not match the prompts.
+        """
+        if isinstance(responses, str):
+            raise ValueError("responses is one text; give one per prompt, or a mapping from prompt_id.")
+        if not isinstance(responses, Mapping):
+            if len(responses) != len(own_rows):
+                raise ValueError(f"{len(responses)} responses for {len(own_rows)} prompts; give one per prompt.")
+            responses = dict(zip(self.prompt_ids, responses, strict=True))
+        unknown = [key for key in responses if key not in set(self.prompt_ids)]
+        if unknown:
+            raise ValueError(f"responses names prompts that are not in the set: {unknown[:3]}.")
+        for row in own_rows:
+            row.texts[name] = rows.read_responses(
+                responses.get(row.prompt_id), f"responses for {row.prompt_id}", chat=not isinstance(row.prompt, str)
+            ) or [Missing(NOT_GIVEN)]

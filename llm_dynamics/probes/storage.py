@@ -1,0 +1,104 @@
+"""A probe set in one Parquet file: a row per probe, the rest as JSON in the schema's metadata. Never pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llm_dynamics.probes.probe import DroppedProbe, Probe, Prompt
+
+FORMAT_KEY = b"llm_dynamics.probe_set"
+FORMAT_VERSION = 1
+SCHEMA = pa.schema(
+    [
+        ("probe_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("prompt", pa.string()),  # a text, or the messages as JSON
+        ("prompt_is_chat", pa.bool_()),
+        ("response", pa.string()),
+        ("family", pa.string()),
+        ("source_row", pa.int64()),
+        ("response_ids", pa.list_(pa.int64())),
+    ]
+)
+
+
+def probe_record(probe: Probe) -> dict[str, Any]:
+    """Return one probe as a row of the file."""
+    chat = not isinstance(probe.prompt, str)
+    return {
+        "probe_id": probe.probe_id,
+        "prompt_id": probe.prompt_id,
+        "prompt": json.dumps([dict(m) for m in probe.prompt], ensure_ascii=False) if chat else probe.prompt,  # type: ignore[arg-type]
+        "prompt_is_chat": chat,
+        "response": probe.response,
+        "family": probe.family,
+        "source_row": probe.source_row,
+        "response_ids": None if probe.response_ids is None else list(probe.response_ids),
+    }
+
+
+def write_probes(
+    path: Path, probes: Sequence[Probe], dropped: Sequence[DroppedProbe], metadata: Mapping[str, Any]
+) -> None:
+    """Write the file under a temporary name, then rename it: a reader never sees half of it."""
+    header = {"version": FORMAT_VERSION, "metadata": dict(metadata), "dropped": [asdict(item) for item in dropped]}
+    schema = SCHEMA.with_metadata({FORMAT_KEY: json.dumps(header).encode()})
+    table = pa.Table.from_pylist([probe_record(probe) for probe in probes], schema=schema)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(table, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_probes(path: Path) -> tuple[list[Probe], list[DroppedProbe], dict[str, Any]]:
+    """Return what `write_probes` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is truncated, is no probe set, or was written by a later version; it names the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"No probe set at {path}.")
+    try:
+        table = pq.read_table(path, memory_map=False)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a readable Parquet file (truncated, or something else): {error}") from error
+    raw = (table.schema.metadata or {}).get(FORMAT_KEY)
+    if raw is None:
+        raise ValueError(
+            f"{path} is a Parquet file but no probe set; its columns are {table.column_names}. Read it with pandas and "
+            "pass the rows to ProbeSet.from_records."
+        )
+    header = json.loads(raw)
+    if header["version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} is a probe set of format {header['version']}; this version reads up to {FORMAT_VERSION}. "
+            "Update llm-dynamics."
+        )
+    probes = [_probe(row) for row in table.to_pylist()]
+    return probes, [DroppedProbe(**item) for item in header["dropped"]], header["metadata"]
+
+
+def _probe(row: Mapping[str, Any]) -> Probe:
+    prompt: Prompt = tuple(json.loads(row["prompt"])) if row["prompt_is_chat"] else row["prompt"]
+    ids = row["response_ids"]
+    return Probe(
+        row["probe_id"],
+        row["prompt_id"],
+        prompt,
+        row["response"],
+        row["family"],
+        row["source_row"],
+        None if ids is None else tuple(ids),
+    )

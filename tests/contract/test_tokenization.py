@@ -1,0 +1,166 @@
+"""Contract with TRL: a probe's ids are the ids that the trainers make of the same row."""
+
+import pytest
+from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from llm_dynamics.demo.tiny import build_tiny_model
+from llm_dynamics.probes import ProbeSet, TruncationRule, encode_probes
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*probes dropped while encoding"),
+]
+COMMON = {"bf16": False, "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 2}
+# "lon" + "g" merge across the boundary; the last row already ends with EOS.
+MERGING = [
+    {"prompt": "How lon", "chosen": "g should I boil an egg?", "rejected": "g is it?"},
+    {"prompt": "Why is the sky", "chosen": " blue?<|im_end|>", "rejected": " red?"},
+]
+
+
+def with_bos(tokenizer):
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def as_completions(rows):
+    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+
+
+def sft_rows(rows, tokenizer, tmp_path, **config):
+    trainer = SFTTrainer(
+        build_tiny_model(len(tokenizer)),
+        args=SFTConfig(output_dir=str(tmp_path), completion_only_loss=True, **COMMON, **config),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    return list(trainer.train_dataset)
+
+
+def dpo_trainer(rows, tokenizer, tmp_path, **config):
+    build_tiny_model(len(tokenizer)).save_pretrained(tmp_path / "model")
+    return DPOTrainer(
+        str(tmp_path / "model"),
+        args=DPOConfig(output_dir=str(tmp_path / "out"), **COMMON, **config),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+
+
+def assert_same_as_sft(encoded, sft):
+    assert len(encoded) == len(sft)
+    for probe, row in zip(encoded, sft, strict=True):
+        assert list(probe.input_ids) == row["input_ids"]
+        assert [-100] * len(probe.prompt_ids) + list(probe.response_ids) == row["labels"]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_plain_rows_encode_as_in_sft(preference_rows, tokenizer, tmp_path, bos):
+    tokenizer = with_bos(tokenizer) if bos else tokenizer
+    rows = as_completions([*preference_rows, *MERGING])
+    encoded = encode_probes(ProbeSet.from_prompt_completion(rows), tokenizer)
+    assert encoded.boundary_merges == 1
+    assert_same_as_sft(encoded, sft_rows(rows, tokenizer, tmp_path))
+
+
+def test_chat_rows_encode_as_in_sft(chat_preference_rows, tokenizer, tmp_path):
+    rows = as_completions(chat_preference_rows)
+    encoded = encode_probes(ProbeSet.from_prompt_completion(rows), tokenizer)
+    assert_same_as_sft(encoded, sft_rows(rows, tokenizer, tmp_path))
+
+
+def test_a_template_that_renders_the_prompt_alone_differently_encodes_as_in_sft(
+    chat_preference_rows, tokenizer, tmp_path
+):
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think></think>{% endif %}"
+    )
+    rows = as_completions(chat_preference_rows)
+    encoded = encode_probes(ProbeSet.from_prompt_completion(rows), tokenizer)
+    assert encoded.boundary_merges == len(rows)
+    assert_same_as_sft(encoded, sft_rows(rows, tokenizer, tmp_path))
+
+
+@pytest.mark.parametrize(("mode", "max_length"), [("keep_start", 16), ("keep_end", 30)])
+def test_truncated_rows_encode_as_in_sft(preference_rows, tokenizer, tmp_path, mode, max_length):
+    rows = as_completions(preference_rows)
+    rule = TruncationRule(max_length, mode)
+    encoded = encode_probes(ProbeSet.from_prompt_completion(rows), tokenizer, truncation=rule)
+    assert encoded.n_truncated > 0
+    sft = sft_rows(rows, tokenizer, tmp_path, max_length=max_length, truncation_mode=mode)
+    # SFT keeps rows whose prompt is cut off entirely; their first token has no context, so no probe can score it.
+    assert_same_as_sft(encoded, [row for row in sft if row["labels"][0] == -100])
+
+
+def test_rows_whose_prompt_fills_the_length_are_dropped_as_in_sft(preference_rows, tokenizer, tmp_path):
+    rows = as_completions(preference_rows)
+    lengths = [len(probe.prompt_ids) for probe in encode_probes(ProbeSet.from_prompt_completion(rows), tokenizer)]
+    limit = max(lengths)
+    encoded = encode_probes(ProbeSet.from_prompt_completion(rows), tokenizer, truncation=TruncationRule(limit))
+    assert encoded.dropped
+    assert_same_as_sft(encoded, sft_rows(rows, tokenizer, tmp_path, max_length=limit))
+
+
+def assert_same_as_dpo(probes, encoded, dpo):
+    by_id = {probe.probe_id: probe for probe in encoded}
+    for prompt_id, row in zip(probes.prompt_ids, dpo, strict=True):
+        for family in ("chosen", "rejected"):
+            probe = by_id[f"{prompt_id}/{family}"]
+            assert list(probe.prompt_ids) == row["prompt_ids"]
+            assert list(probe.response_ids) == row[f"{family}_ids"]
+
+
+def implicit(rows):
+    return [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in rows]
+
+
+@pytest.mark.parametrize("form", ["plain", "implicit", "chat", "implicit_chat"])
+def test_preference_rows_encode_as_in_dpo(preference_rows, chat_preference_rows, tokenizer, tmp_path, form):
+    plain = [{**row, "prompt": row["prompt"] + "\n"} for row in preference_rows]
+    rows = {
+        "plain": [*plain, *MERGING],
+        "implicit": implicit(plain),
+        "chat": chat_preference_rows,
+        "implicit_chat": implicit(chat_preference_rows),
+    }[form]
+    probes = ProbeSet.from_preference_dataset(rows)
+    trainer = dpo_trainer(rows, tokenizer, tmp_path)
+    assert_same_as_dpo(probes, encode_probes(probes, tokenizer), trainer.train_dataset)
+
+
+def test_a_boundary_that_only_one_of_a_pair_moves_leaves_the_same_ids(tokenizer, tmp_path):
+    rows = [{"prompt": "How lon", "chosen": "g should I boil an egg?", "rejected": "ely it is."}]
+    probes = ProbeSet.from_preference_dataset(rows)
+    encoded = encode_probes(probes, tokenizer)
+    row = dpo_trainer(rows, tokenizer, tmp_path).train_dataset[0]
+    assert encoded.boundary_merges >= 1
+    for probe, family in zip(encoded, ("chosen", "rejected"), strict=True):
+        assert list(probe.input_ids) == row["prompt_ids"] + row[f"{family}_ids"]
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_truncation_cuts_what_the_dpo_collator_cuts(preference_rows, tokenizer, tmp_path, mode):
+    max_length = 30
+    trainer = dpo_trainer(preference_rows, tokenizer, tmp_path, max_length=max_length, truncation_mode=mode)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    probes = ProbeSet.from_preference_dataset(preference_rows)
+    encoded = encode_probes(probes, tokenizer, truncation=TruncationRule(max_length, mode))
+    assert encoded.n_truncated > 0
+    by_id = {probe.probe_id: probe for probe in encoded}
+    names = [f"{name}/{family}" for family in ("chosen", "rejected") for name in probes.prompt_ids]
+    dropped = dict(encoded.dropped)
+    for name, ids, mask, is_response in zip(
+        names, batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True
+    ):
+        n_prompt = int(((mask == 1) & (is_response == 0)).sum())
+        if name in dropped:
+            assert n_prompt == 0
+            continue
+        assert list(by_id[name].input_ids) == ids[mask == 1].tolist()
+        assert len(by_id[name].prompt_ids) == n_prompt
