@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,15 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from llm_dynamics import _trl
 from llm_dynamics.callbacks.metadata import describe_run
 from llm_dynamics.callbacks.metrics import finite_only, observation_metrics
+from llm_dynamics.callbacks.recorder import Recorder
 from llm_dynamics.callbacks.refusals import refuse_unscorable
 from llm_dynamics.callbacks.schedule import Clock
 from llm_dynamics.callbacks.sharding import broadcast, gather_frames, share_of
-from llm_dynamics.callbacks.token_budget import choose_token_probes
 from llm_dynamics.likelihood import score_logps, score_responses, sequence_table, split_model, token_table
 from llm_dynamics.likelihood.preserve import evaluating
 from llm_dynamics.likelihood.scoring import DEFAULT_BATCH_TOKENS, ResponseScores
 from llm_dynamics.probes import ProbeSet, TruncationRule, encode_probes, probe_table
-from llm_dynamics.runlog import RunLogWriter, schema
-from llm_dynamics.runlog.reader import read_part
+from llm_dynamics.runlog import schema
 
 logger = logging.getLogger(__name__)
 
@@ -100,19 +98,17 @@ class ProbeCallback(TrainerCallback):
         refuse_unscorable(trainer)
         self.trainer = trainer
         self.every = every
-        self.tokens = tokens
         self.max_overhead = max_overhead
-        self.token_budget_mb = token_budget_mb
         self.squeeze_strength = squeeze_strength
         self.reference = reference
         self.batch_tokens = batch_tokens
-        self.seed = seed
         self.clock = Clock()
 
         self.truncation = TruncationRule(
             getattr(trainer.args, "max_length", None), getattr(trainer.args, "truncation_mode", "keep_start")
         )
-        self._tokenizer: Any = trainer.processing_class  # a processor is refused by encode_probes
+        tokenizer: Any = trainer.processing_class  # a processor, as of a vision model, is refused by encode_probes
+        self._tokenizer = tokenizer
         self.encoded = encode_probes(
             probes, self._tokenizer, truncation=self.truncation, chat_template=_trl.chat_template(trainer)
         )
@@ -122,18 +118,22 @@ class ProbeCallback(TrainerCallback):
         self._autocast = trainer.accelerator.autocast if trainer.accelerator.mixed_precision != "no" else None
         with evaluating(self._model):
             split_model(self._model)  # what cannot be scored is refused now, not hours into the run
-        folder = Path(log_folder) if log_folder else Path(trainer.args.output_dir or ".") / schema.FOLDER
-        self._log = RunLogWriter(folder)
+        self.recorder = Recorder(
+            Path(log_folder) if log_folder else Path(trainer.args.output_dir or ".") / schema.FOLDER,
+            self._table,
+            tokens=tokens,
+            token_budget_mb=token_budget_mb,
+            seed=seed,
+        )
         self._token_probes: set[str] = set()
         self._start: dict[str, float] = {}
         self._ref_logp: torch.Tensor | None = None
         self._observed: int | None = None
-        self._skipped: list[int] = []
 
     @property
     def log_folder(self) -> Path:
         """Where the run log is written."""
-        return self._log.folder
+        return self.recorder.log.folder
 
     @property
     def _model(self) -> Any:
@@ -146,10 +146,10 @@ class ProbeCallback(TrainerCallback):
     ) -> None:
         """Open the run log, new or continued, and observe."""
         self.clock = Clock()
-        self._observed, self._skipped, self._ref_logp = None, [], None
+        self._observed, self._ref_logp = None, None
         if state.is_world_process_zero:
-            self._open_log(state)
-        opened = (self._token_probes, self._start, self._log.has(state.global_step))
+            self.recorder.open(state, describe_run(self, state), every=self.every)
+        opened = (self.recorder.token_probes, self.recorder.start, self.recorder.log.has(state.global_step))
         self._token_probes, self._start, observed = broadcast(opened)
         if observed:
             self._observed = state.global_step  # the checkpoint's own observation is in the log
@@ -176,57 +176,7 @@ class ProbeCallback(TrainerCallback):
             else:
                 self._observe(state, own_row=True)
         if state.is_world_process_zero:
-            self._log.update_meta(finished_at_step=state.global_step)
-
-    # ---- run log ------------------------------------------------------------------------------------------------
-
-    def _open_log(self, state: TrainerState) -> None:
-        meta = describe_run(self, state)
-        if state.global_step > 0 and self._log.exists():
-            dropped = self._log.resume(state.global_step, meta)
-            if dropped:
-                logger.info("run log continued at step %d; dropped steps %s", state.global_step, dropped)
-            self._start = self._first_observation()
-        else:
-            if state.global_step > 0:
-                logger.warning(
-                    "training resumes at step %d but there is no run log at %s: a new one starts here, and changes are "
-                    "counted from this step",
-                    state.global_step,
-                    self.log_folder,
-                )
-            self._start = {}
-            moved = self._log.start(self._table, meta)
-            if moved is not None:
-                logger.warning("an earlier run log was moved to %s", moved)
-        kept = self._log.meta.get("token_probes")
-        if kept is None:
-            kept = self._choose_token_probes(state)
-            self._log.update_meta(token_probes=kept)
-        self._token_probes = set(self._table["probe_id"]) if kept == "all" else set(kept)
-
-    def _first_observation(self) -> dict[str, float]:
-        steps = self._log.steps()
-        if not steps:
-            return {}
-        part = self.log_folder / "sequences" / schema.part_name(steps[0])
-        first = read_part(part, schema.SEQUENCES).to_pandas()
-        return dict(zip(first["probe_id"], first["logp_sum"], strict=True))
-
-    def _choose_token_probes(self, state: TrainerState) -> list[str] | str:
-        if not self.tokens:
-            return []
-        observations = (state.max_steps - state.global_step) // self.every + 2
-        kept = choose_token_probes(self._table, observations, self.token_budget_mb * 1e6, seed=self.seed)
-        if kept != "all":
-            logger.warning(
-                "token tables of all %d probes would exceed token_budget_mb=%g: %d probes keep their tokens "
-                "(meta.json: token_probes)",
-                len(self._table),
-                self.token_budget_mb,
-                len(kept),
-            )
-        return kept
+            self.recorder.log.update_meta(finished_at_step=state.global_step)
 
     # ---- observing ----------------------------------------------------------------------------------------------
 
@@ -234,15 +184,8 @@ class ProbeCallback(TrainerCallback):
         if self.max_overhead is None:
             return True
         affordable = bool(broadcast(self.clock.fits(self.max_overhead)))  # clocks differ: the main process decides
-        if not affordable:
-            self._skipped.append(state.global_step)
-            if state.is_world_process_zero:
-                logger.warning(
-                    "no observation at step %d: with it, watching would take more than max_overhead=%g of training",
-                    state.global_step,
-                    self.max_overhead,
-                )
-                self._log.update_meta(skipped_steps=[*self._log.meta.get("skipped_steps", []), state.global_step])
+        if not affordable and state.is_world_process_zero:
+            self.recorder.skip(state.global_step, self.max_overhead)
         return affordable
 
     def _observe(self, state: TrainerState, *, own_row: bool = False) -> None:
@@ -260,11 +203,11 @@ class ProbeCallback(TrainerCallback):
                 metrics["probe/n_nonfinite"],
             )
         if state.is_world_process_zero:
-            self._write(state, sequences, tokens, metrics, begun, first)
+            self.recorder.write(state, sequences, tokens, metrics, clock=self.clock, begun=begun, first=first)
         else:
             self.clock.record(time.monotonic() - begun)
         if not first:
-            metrics["dynamics/overhead"] = self.clock.watching / self.clock.training
+            metrics["dynamics/overhead"] = self.clock.overhead
         metrics = finite_only(broadcast(metrics))
         if first or own_row or not _trl.add_to_next_row(self.trainer, metrics):
             _trl.log_row(self.trainer, metrics)
@@ -304,42 +247,6 @@ class ProbeCallback(TrainerCallback):
             with context:
                 self._ref_logp = score_logps(model, share, batch_tokens=self.batch_tokens, autocast=self._autocast)
         return self._ref_logp
-
-    def _write(
-        self,
-        state: TrainerState,
-        sequences: pd.DataFrame,
-        tokens: pd.DataFrame,
-        metrics: Mapping[str, float],
-        begun: float,
-        first: bool,
-    ) -> None:
-        keeps_tokens = bool(len(tokens)) and self._log.table_bytes("tokens") < self.token_budget_mb * 1e6
-        last_row: dict[str, Any] = {}
-        for row in state.log_history:
-            last_row.update({key: row[key] for key in ("loss", "learning_rate", "grad_norm") if key in row})
-
-        def scalars() -> dict[str, Any]:
-            seconds = time.monotonic() - begun
-            training = self.clock.record(seconds)
-            return {
-                "epoch": state.epoch,
-                "seconds_observing": seconds,
-                "seconds_training": training,
-                "overhead": None if first else self.clock.watching / self.clock.training,
-                "n_probes": len(sequences),
-                "n_response_tokens": int(sequences["n_tokens"].sum()),
-                "n_nonfinite": int(sequences["n_nonfinite"].sum()),
-                **last_row,
-                **metrics,
-            }
-
-        self._log.write(
-            state.global_step, sequences=sequences, tokens=tokens if keeps_tokens else None, scalars=scalars
-        )
-        if len(tokens) and not keeps_tokens and "tokens_end_at_step" not in self._log.meta:
-            logger.warning("token_budget_mb=%g is used up: no more token tables", self.token_budget_mb)
-            self._log.update_meta(tokens_end_at_step=state.global_step)
 
     def _decode(self, token: int) -> str:
         return self._tokenizer.decode([token])

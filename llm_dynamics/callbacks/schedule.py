@@ -19,6 +19,11 @@ class Clock:
         """Seconds that were not spent watching."""
         return time.monotonic() - self._started - self.watching
 
+    @property
+    def overhead(self) -> float:
+        """Seconds watching / seconds training so far."""
+        return self.watching / self.training
+
     def record(self, seconds: float) -> float:
         """Count an observation that took `seconds`; return the seconds of training since the one before it."""
         self.watching += seconds

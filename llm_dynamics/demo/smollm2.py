@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
 if TYPE_CHECKING:
@@ -45,14 +46,18 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype="float32")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
     # transformers' GGUF route drops the digit split of this tokenizer's pre-tokenizer
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
     tokenizer.pad_token = PAD_TOKEN  # the default is the end-of-turn token, which must keep its loss
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are float32 now; saving must not say otherwise
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
+    # a model loaded from GGUF stays marked as quantised, which trainers refuse, though its weights are float32 now
+    with torch.random.fork_rng(devices=[]):
+        model = type(loaded)(loaded.config)
+    model.load_state_dict(loaded.state_dict())
     model.config._name_or_path = "SmolLM2-135M-Instruct"
     return model.eval(), tokenizer

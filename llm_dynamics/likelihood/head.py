@@ -15,46 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_dynamics.likelihood.packing import TokenRows, single_row
+
 logger = logging.getLogger(__name__)
 
 _CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-
-
-@dataclass(frozen=True)
-class TokenRows:
-    """B rows of T tokens, each a prompt followed by one or more responses to it, padded on either side.
-
-    Attributes:
-        ids: Token ids (B, T), int64.
-        positions: Position of each token in its own sequence, prompt and one response, (B, T), int64.
-        segments: 0 for the prompt, k for the k-th response, -1 for padding, (B, T), int64.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    segments: Tensor
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether any row holds more than one response."""
-        return bool((self.segments > 1).any())
-
-    def visible(self) -> Tensor:
-        """Which tokens (last axis) each token attends to: itself and those before it in its own sequence, (B, T, T)."""
-        query, key = self.segments[:, :, None], self.segments[:, None, :]
-        order = torch.arange(self.ids.shape[1])
-        return (order[:, None] >= order[None, :]) & (key >= 0) & ((key == 0) | (key == query))
-
-
-def _row(*segments: list[int]) -> TokenRows:
-    """One row from a prompt and its responses."""
-    prompt, *responses = segments
-    places = [list(range(len(prompt))), *(range(len(prompt), len(prompt) + len(r)) for r in responses)]
-    return TokenRows(
-        ids=torch.tensor([[token for segment in segments for token in segment]]),
-        positions=torch.tensor([[place for segment in places for place in segment]]),
-        segments=torch.tensor([[k for k, segment in enumerate(segments) for _ in segment]]),
-    )
 
 
 @dataclass(frozen=True)
@@ -203,7 +168,7 @@ def _logit_rule(config: Any) -> tuple[float, float | None]:
 
 
 def _reproduces_logits(split: SplitModel) -> bool:
-    rows = _row([i % split.vocab_size for i in range(1, 5)])  # any tokens do
+    rows = single_row([i % split.vocab_size for i in range(1, 5)])  # any tokens do
     try:
         ours = split.head(split.hidden_states(rows)[0])
     except (AttributeError, TypeError, RuntimeError) as error:
@@ -219,11 +184,11 @@ def _keeps_responses_apart(split: SplitModel, config: Any) -> bool:
         return False
     prompt, first, second = ([i % split.vocab_size for i in ids] for ids in ([1, 2, 3], [4, 5], [6, 7, 8]))
     try:
-        packed = split.hidden_states(_row(prompt, first, second))[0]
+        packed = split.hidden_states(single_row(prompt, first, second))[0]
     except Exception as error:  # an attention kernel without such masks may fail in any way
         logger.debug("%s does not take four-dimensional masks: %s", type(split.model).__name__, error)
         return False
-    alone = [split.hidden_states(_row(prompt, response))[0] for response in (first, second)]
+    alone = [split.hidden_states(single_row(prompt, response))[0] for response in (first, second)]
     return _close(split.head(packed[:5]), split.head(alone[0]), split) and _close(
         split.head(packed[5:]), split.head(alone[1][3:]), split
     )

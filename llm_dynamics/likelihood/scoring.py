@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from llm_dynamics.likelihood.head import SplitModel, TokenRows, split_model
+from llm_dynamics.likelihood.head import SplitModel, split_model
+from llm_dynamics.likelihood.packing import Row, TokenizedResponse, batches, lay_out, pack
 from llm_dynamics.likelihood.preserve import evaluating
 from llm_dynamics.likelihood.squeezing import SqueezingStats, squeezing_stats
 
@@ -20,20 +20,6 @@ Autocast = Callable[[], AbstractContextManager[object]]
 
 DEFAULT_BATCH_TOKENS = 2048
 DEFAULT_CHUNK = 128
-SHARED_ROW_TOKENS = 512
-"""Widest row that several responses share, unless the prompt itself is long."""
-
-
-class TokenizedResponse(Protocol):
-    """What is scored: the ids of a prompt and of its response (`probes.EncodedProbe` is one)."""
-
-    @property
-    def prompt_ids(self) -> Sequence[int]:
-        """Token ids before the response; at least one."""
-
-    @property
-    def response_ids(self) -> Sequence[int]:
-        """Token ids of the response; at least one."""
 
 
 @dataclass(frozen=True)
@@ -210,8 +196,8 @@ def _score(
     with evaluating(model):
         split = split or split_model(model)
         _check_ids(responses, split.vocab_size)
-        rows = _pack(responses, share=share_prompts and split.shares_prompts)
-        for batch in _batches(rows, batch_tokens, alone=split.backbone is None):
+        rows = pack(responses, share=share_prompts and split.shares_prompts)
+        for batch in batches(rows, batch_tokens, alone=split.backbone is None):
             states, labels = _response_states(split, responses, batch, padding_side, autocast)
             for block, ids in zip(states.split(chunk), labels.split(chunk), strict=True):
                 logits = _logits(split, block, autocast)
@@ -248,51 +234,10 @@ def _check_ids(responses: Sequence[TokenizedResponse], vocab_size: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A prompt and the responses (by index) that stand behind it in one row of `width` tokens."""
-
-    width: int
-    responses: tuple[int, ...]
-
-
-def _pack(responses: Sequence[TokenizedResponse], *, share: bool) -> list[_Row]:
-    """Group responses to the same prompt into rows, longest row first."""
-    if not share:
-        rows = [_Row(len(r.prompt_ids) + len(r.response_ids), (i,)) for i, r in enumerate(responses)]
-        return sorted(rows, key=lambda row: (-row.width, row.responses))
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, r in enumerate(responses):
-        groups.setdefault(tuple(r.prompt_ids), []).append(i)
-    rows = []
-    for prompt, members in groups.items():
-        # attention costs grow with the square of the width: past this, one more copy of the prompt is cheaper
-        limit = max(SHARED_ROW_TOKENS, 2 * len(prompt))
-        width, row = len(prompt), list[int]()
-        for i in sorted(members, key=lambda i: (-len(responses[i].response_ids), i)):
-            size = len(responses[i].response_ids)
-            if row and width + size > limit:
-                rows.append(_Row(width, tuple(row)))
-                width, row = len(prompt), []
-            width += size
-            row.append(i)
-        rows.append(_Row(width, tuple(row)))
-    return sorted(rows, key=lambda row: (-row.width, row.responses))
-
-
-def _batches(rows: Sequence[_Row], budget: int, *, alone: bool) -> Iterator[Sequence[_Row]]:
-    """Yield so many rows that rows x widest <= budget (a single row may exceed it)."""
-    start = 0
-    while start < len(rows):
-        count = 1 if alone else max(1, budget // rows[start].width)
-        yield rows[start : start + count]
-        start += count
-
-
 def _response_states(
     split: SplitModel,
     responses: Sequence[TokenizedResponse],
-    batch: Sequence[_Row],
+    batch: Sequence[Row],
     padding_side: str,
     autocast: Autocast | None,
 ) -> tuple[Tensor, Tensor]:
@@ -300,34 +245,10 @@ def _response_states(
 
     The first is the hidden states (N, d) or, for a model without a usable split, its logits (N, V).
     """
-    width = batch[0].width
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    positions = torch.zeros_like(ids)
-    segments = torch.full_like(ids, -1)
-    at_row: list[int] = []
-    at_column: list[int] = []  # of the position that predicts each response token
-    labels: list[int] = []
-    for b, row in enumerate(batch):
-        place = width - row.width if padding_side == "left" else 0
-        prompt = responses[row.responses[0]].prompt_ids
-        last = place + len(prompt) - 1
-        pieces = [prompt, *(responses[i].response_ids for i in row.responses)]
-        for k, piece in enumerate(pieces):
-            window = slice(place, place + len(piece))
-            first = 0 if k == 0 else len(prompt)
-            ids[b, window] = torch.tensor(piece)
-            positions[b, window] = torch.arange(first, first + len(piece))
-            segments[b, window] = k
-            if k > 0:
-                at_row += [b] * len(piece)
-                at_column += [last, *range(place, place + len(piece) - 1)]
-                labels += piece
-            place += len(piece)
-    rows = TokenRows(ids, positions, segments)
+    laid = lay_out(responses, batch, padding_side)
     with (autocast or nullcontext)():
-        states = split.logits(rows) if split.backbone is None else split.hidden_states(rows)
-    where = (torch.tensor(at_row, device=states.device), torch.tensor(at_column, device=states.device))
-    return states[where], torch.tensor(labels)
+        states = split.logits(laid.rows) if split.backbone is None else split.hidden_states(laid.rows)
+    return states[laid.at_row.to(states.device), laid.at_column.to(states.device)], laid.labels
 
 
 def _logits(split: SplitModel, states: Tensor, autocast: Autocast | None) -> Tensor:

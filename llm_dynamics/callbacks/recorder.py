@@ -1,0 +1,141 @@
+"""What the main process does with observations: open the run log, new or continued, and write to it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from transformers import TrainerState
+
+from llm_dynamics.callbacks.schedule import Clock
+from llm_dynamics.callbacks.token_budget import choose_token_probes
+from llm_dynamics.runlog import RunLogWriter, schema
+from llm_dynamics.runlog.reader import read_part
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Writes one run's observations, within the token budget.
+
+    Args:
+        folder: The run-log folder.
+        table: The probes table, columns of `schema.PROBES`.
+        tokens: Keep token statistics.
+        token_budget_mb: Megabytes that the token tables may take.
+        seed: Seed of the sample of prompts whose tokens are kept where not all fit.
+    """
+
+    def __init__(self, folder: Path, table: pd.DataFrame, *, tokens: bool, token_budget_mb: float, seed: int) -> None:
+        self.log = RunLogWriter(folder)
+        self.table = table
+        self.token_probes: set[str] = set()
+        self.start: dict[str, float] = {}
+        self._tokens = tokens
+        self._budget_mb = token_budget_mb
+        self._seed = seed
+
+    def open(self, state: TrainerState, meta: Mapping[str, Any], *, every: int) -> None:
+        """Start a run log, or continue the one of a resumed run.
+
+        Args:
+            state: The trainer's state at the beginning of training.
+            meta: What `meta.json` shall say.
+            every: Optimizer steps between observations.
+
+        Raises:
+            RunLogError: Where a run is resumed with other probes than its log has.
+        """
+        self.start = {}
+        if state.global_step > 0 and self.log.exists():
+            dropped = self.log.resume(state.global_step, meta)
+            if dropped:
+                logger.info("run log continued at step %d; dropped steps %s", state.global_step, dropped)
+            self.start = self._first_observation()
+        else:
+            if state.global_step > 0:
+                logger.warning(
+                    "training resumes at step %d but there is no run log at %s: a new one starts here, and changes are "
+                    "counted from this step",
+                    state.global_step,
+                    self.log.folder,
+                )
+            moved = self.log.start(self.table, meta)
+            if moved is not None:
+                logger.warning("an earlier run log was moved to %s", moved)
+        kept = self.log.meta.get("token_probes")
+        if kept is None:
+            kept = self._choose_token_probes((state.max_steps - state.global_step) // every + 2)
+            self.log.update_meta(token_probes=kept)
+        self.token_probes = set(self.table["probe_id"]) if kept == "all" else set(kept)
+
+    def write(
+        self,
+        state: TrainerState,
+        sequences: pd.DataFrame,
+        tokens: pd.DataFrame,
+        metrics: Mapping[str, float],
+        *,
+        clock: Clock,
+        begun: float,
+        first: bool,
+    ) -> None:
+        """Write one observation, and count its time from `begun` (`time.monotonic()`) to the end of writing."""
+        keeps_tokens = bool(len(tokens)) and self.log.table_bytes("tokens") < self._budget_mb * 1e6
+        last_row: dict[str, Any] = {}
+        for row in state.log_history:
+            last_row.update({key: row[key] for key in ("loss", "learning_rate", "grad_norm") if key in row})
+
+        def scalars() -> dict[str, Any]:
+            seconds = time.monotonic() - begun
+            training = clock.record(seconds)
+            return {
+                "epoch": state.epoch,
+                "seconds_observing": seconds,
+                "seconds_training": training,
+                "overhead": None if first else clock.overhead,
+                "n_probes": len(sequences),
+                "n_response_tokens": int(sequences["n_tokens"].sum()),
+                "n_nonfinite": int(sequences["n_nonfinite"].sum()),
+                **last_row,
+                **metrics,
+            }
+
+        self.log.write(state.global_step, sequences=sequences, tokens=tokens if keeps_tokens else None, scalars=scalars)
+        if len(tokens) and not keeps_tokens and "tokens_end_at_step" not in self.log.meta:
+            logger.warning("token_budget_mb=%g is used up: no more token tables", self._budget_mb)
+            self.log.update_meta(tokens_end_at_step=state.global_step)
+
+    def skip(self, step: int, max_overhead: float) -> None:
+        """Note that the observation of `step` was left out to stay within `max_overhead`."""
+        logger.warning(
+            "no observation at step %d: with it, watching would take more than max_overhead=%g of training",
+            step,
+            max_overhead,
+        )
+        self.log.update_meta(skipped_steps=[*self.log.meta.get("skipped_steps", []), step])
+
+    def _first_observation(self) -> dict[str, float]:
+        steps = self.log.steps()
+        if not steps:
+            return {}
+        first = read_part(self.log.folder / "sequences" / schema.part_name(steps[0]), schema.SEQUENCES).to_pandas()
+        return dict(zip(first["probe_id"], first["logp_sum"], strict=True))
+
+    def _choose_token_probes(self, observations: int) -> list[str] | str:
+        if not self._tokens:
+            return []
+        kept = choose_token_probes(self.table, observations, self._budget_mb * 1e6, seed=self._seed)
+        if kept != "all":
+            logger.warning(
+                "token tables of all %d probes would exceed token_budget_mb=%g: %d probes keep their tokens "
+                "(meta.json: token_probes)",
+                len(self.table),
+                self._budget_mb,
+                len(kept),
+            )
+        return kept

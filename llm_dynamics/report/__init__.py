@@ -1,0 +1,10 @@
+"""How people see a run: frames that answer a question, and one self-contained HTML page.
+
+Reads only what `runlog` wrote; never loads a model.
+"""
+
+from llm_dynamics.report.page import write_report
+from llm_dynamics.report.statements import Statement, reading
+from llm_dynamics.report.summary import family_curves, squeezing_curves, what_moved
+
+__all__ = ["Statement", "family_curves", "reading", "squeezing_curves", "what_moved", "write_report"]

@@ -1,0 +1,170 @@
+"""What the page shows: the numbers of each run, ready for the template and for the script."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from llm_dynamics.report import figures
+from llm_dynamics.report.families import ARGMAX, GROUPS, argmax_of, ordered, style_of
+from llm_dynamics.report.measured import measured
+from llm_dynamics.report.statements import reading
+from llm_dynamics.report.summary import family_curves, squeezing_curves, what_moved
+from llm_dynamics.report.text import nats, prompt_text, token_label, visible
+from llm_dynamics.report.tokens import TokenHistory, pick_heatmap_probes, token_histories
+from llm_dynamics.runlog import RunLog, RunLogs
+
+MAX_HEATMAPS = 24
+MAX_CELLS = 500_000
+"""Token cells (observations x tokens) embedded over all heat-maps: about 6 MB, so that a page stays below 15 MB."""
+
+
+_VARIANTS = [
+    (f"{'token' if per_token else 'response'}-{'change' if delta else 'value'}", per_token, delta)
+    for per_token in (False, True)
+    for delta in (False, True)
+]
+"""What the switches of the page choose among: name, per token, change from start."""
+
+
+def run_view(name: str, run: RunLog) -> dict[str, Any]:
+    """Return what the template says about one run."""
+    moved = what_moved(run)
+    shown, rest = measured(run)
+    steps = run.observed_steps
+    squeezing = run.sequences[[f"{panel.column}_sum" for panel in figures.PANELS]]
+    squeezed = figures.squeezing_families(run.sequences["family"])
+    return {
+        "name": name,
+        "trainer": str(run.meta.get("trainer", "")),
+        "n_steps": len(steps),
+        "first": steps[0] if steps else None,
+        "last": steps[-1] if steps else None,
+        "n_probes": len(run.probes),
+        "brief": _brief(moved),
+        "moved": _moved_rows(moved),
+        "left_out": int(moved["n_nonfinite"].iloc[:-1].sum()),
+        "squeezed": [{"name": family, "style": style_of(family)} for family in squeezed],
+        "squeezing_measured": bool(squeezing.notna().any(axis=None)),
+        "statements": reading(run),
+        "measured": shown,
+        "meta": rest,
+    }
+
+
+def script_data(runs: RunLogs, heatmaps: list[tuple[str, TokenHistory]]) -> dict[str, Any]:
+    """Return what `page.js` draws from, as plain JSON types."""
+    curves, squeezing = {}, {}
+    for name, run in runs.runs.items():
+        curves[name] = {
+            variant: _traces(figures.curve_traces(family_curves(run, per_token=per_token, delta=delta)))
+            for variant, per_token, delta in _VARIANTS
+        }
+        frame = squeezing_curves(run)
+        squeezing[name] = {panel.column: _traces(figures.panel_traces(frame, panel)) for panel in figures.PANELS}
+    styles = {family: style_of(family) for family in _families(runs)}
+    return {
+        "compares": any(len(run.observed_steps) > 1 for run in runs.runs.values()),
+        "families": {family: {"light": style.light, "dark": style.dark} for family, style in styles.items()},
+        "titles": {
+            variant: figures.curve_title(per_token=per_token, delta=delta) for variant, per_token, delta in _VARIANTS
+        },
+        "curves": curves,
+        "squeezing": squeezing,
+        "heatmaps": [_heatmap(name, history) for name, history in heatmaps],
+    }
+
+
+def legend(runs: RunLogs) -> list[dict[str, Any]]:
+    """Return the families of all runs by kind, for the legend."""
+    families = [{"name": family, **asdict(style_of(family))} for family in _families(runs)]
+    groups = [{"name": group, "members": [own for own in families if own["group"] == group]} for group in GROUPS]
+    return [group for group in groups if group["members"]]
+
+
+def embedded_heatmaps(runs: RunLogs) -> list[tuple[str, TokenHistory]]:
+    """Choose the probes whose tokens go into the page: the same share of places and cells for every run.
+
+    The last run comes first: in a pipeline it is the one that people came to see.
+    """
+    n_runs = len(runs.runs)
+    chosen: list[tuple[str, TokenHistory]] = []
+    for name, run in reversed(list(runs.runs.items())):
+        cells = 0
+        for history in token_histories(run, pick_heatmap_probes(run, max(1, MAX_HEATMAPS // n_runs))):
+            cells += history.logp.size
+            if cells > MAX_CELLS // n_runs and chosen and chosen[-1][0] == name:
+                break  # a run shows one probe at least, however long
+            chosen.append((name, history))
+    return chosen[:MAX_HEATMAPS]
+
+
+def menu(heatmaps: list[tuple[str, TokenHistory]]) -> list[dict[str, Any]]:
+    """Group the heat-maps by run and prompt for the menu; `place` is the index into the embedded data."""
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for place, (run, history) in enumerate(heatmaps):
+        prompt = " ".join(visible(prompt_text(history.prompt)).split())
+        label = f"{run} · {prompt if len(prompt) <= 60 else prompt[:59] + '…'}"
+        group = groups.setdefault((run, history.prompt_id), {"label": label, "members": []})
+        change = sum(float(x) for x in history.change[-1] if math.isfinite(x))
+        group["members"].append({"place": place, "name": f"{history.family} ({nats(change, sign=True)} nats)"})
+    return list(groups.values())
+
+
+def _brief(moved: pd.DataFrame) -> str:
+    """Say in one line what a `what_moved` frame shows."""
+    rows = [row for row in moved.to_dict("records") if math.isfinite(row["delta"])]
+    families = [row for row in rows if row["family"] != ARGMAX]
+    if not any(row["delta"] for row in families):
+        return ""
+    most = max(families, key=lambda row: abs(row["delta"]))
+    fell = sum(row["delta"] < 0 for row in families)
+    text = (
+        f"{fell} of {len(families)} families fell; {most['family']} moved most ({nats(most['delta'], sign=True)} nats)"
+    )
+    greedy = [row["delta"] for row in rows if row["family"] == ARGMAX]
+    return f"{text}; the greedy tokens moved {nats(greedy[0], sign=True)}." if greedy else f"{text}."
+
+
+def _moved_rows(moved: pd.DataFrame) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [{str(key): value for key, value in row.items()} for row in moved.to_dict("records")]
+    largest = max((abs(row["delta"]) for row in rows if math.isfinite(row["delta"])), default=0.0) or 1.0
+    has_chosen = any(row["family"] == "chosen" for row in rows)
+    for row in rows:
+        row["style"] = style_of(row["family"])
+        row["share"] = abs(row["delta"]) / largest if math.isfinite(row["delta"]) else 0.0
+        row["shown"] = row["family"]
+        if row["family"] == ARGMAX:
+            row["shown"] = argmax_of("chosen") if has_chosen else f"{ARGMAX} (all prefixes)"
+    return rows
+
+
+def _traces(traces: Iterable[go.Scatter]) -> list[dict[str, Any]]:
+    return [trace.to_plotly_json() for trace in traces]
+
+
+def _families(runs: RunLogs) -> list[str]:
+    return ordered({family for run in runs.runs.values() for family in family_curves(run)["family"]})
+
+
+def _heatmap(run: str, history: TokenHistory) -> dict[str, Any]:
+    strings = sorted({token for row in history.greedy for token in row})
+    places = {token: place for place, token in enumerate(strings)}
+    return {
+        "run": run,
+        "family": history.family,
+        "prompt": visible(prompt_text(history.prompt)),
+        "steps": history.steps,
+        "tokens": [visible(token) for token in history.tokens],
+        "labels": [token_label(token) for token in history.tokens],
+        "limit": float(f"{history.limit:.3g}"),
+        "logp": [[round(float(x), 3) if math.isfinite(x) else None for x in row] for row in history.logp],
+        "rank": history.rank.tolist(),
+        "greedy": [[places[token] for token in row] for row in history.greedy],
+        "strings": [token_label(token, 40) for token in strings],
+    }

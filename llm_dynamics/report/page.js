@@ -1,0 +1,226 @@
+// Draws the figures of the report from the data embedded in the page. Untrusted text reaches the DOM through
+// textContent alone, and plotly through escaped().
+(() => {
+  "use strict";
+  const report = JSON.parse(document.getElementById("report-data").textContent);
+  const root = document.documentElement;
+  const darkness = window.matchMedia("(prefers-color-scheme: dark)");
+  const touch = window.matchMedia("(pointer: coarse)");
+  const all = (selector) => [...document.querySelectorAll(selector)];
+  const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+  const isDark = () => darkness.matches && !("print" in root.dataset);
+  const colour = (family) => report.families[family][isDark() ? "dark" : "light"];
+  const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+  const shortened = (text) => (text.length > 19 ? text.slice(0, 18) + "…" : text);
+  const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
+
+  // ---- looks that all figures share, taken from the style sheet
+  const axis = (more) => ({
+    gridcolor: css("--grid"), linecolor: css("--zero"), zerolinecolor: css("--zero"), zeroline: false,
+    tickcolor: css("--zero"), automargin: false, ...more,
+  });
+  const layout = ({ xaxis, yaxis, ...more }) => ({
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest",
+    dragmode: touch.matches ? false : "zoom",
+    font: { family: css("--sans"), size: 12, color: css("--muted") },
+    hoverlabel: { bgcolor: css("--ground"), bordercolor: css("--zero"), font: { color: css("--ink"), size: 13 }, align: "left" },
+    xaxis: axis({ showgrid: false, showline: true, ticks: "outside", ticklen: 4, ...xaxis }), yaxis: axis(yaxis), ...more,
+  });
+  const config = { displayModeBar: false, responsive: false, doubleClick: "reset" };
+  const draw = (element, traces, look) => Plotly.react(element, traces, layout(look), config);
+
+  const painted = (trace, family, more) => ({
+    ...trace,
+    line: { ...trace.line, color: colour(family) },
+    ...(trace.marker && { marker: { ...trace.marker, color: colour(family) } }),
+    ...(trace.fillcolor && { fillcolor: colour(family) + "26" }),
+    ...more,
+  });
+  // Ranges are set here: plotly's own would make room for the labels beside the plot.
+  const extent = (traces, of = "y") => {
+    const values = traces.flatMap((trace) => trace[of]).filter((value) => value !== null);
+    if (!values.length) return [-1, 1];
+    const low = Math.min(...values), high = Math.max(...values);
+    const room = (high - low) * (of === "y" ? 0.05 : 0.025) || Math.abs(high) * 0.05 || 1;
+    return [low - room, high + room];
+  };
+
+  // ---- What moved?
+  const state = { scale: "change", unit: "response", band: false, hidden: new Set(), focus: null };
+
+  function lineEnds(traces, [low, high], height, width) {
+    // Names at the line ends, moved apart where they would overlap, with a leader back to the line.
+    if (width < 460) return [];
+    const gap = 13.5;
+    const ends = traces
+      .map((trace) => {
+        const last = trace.y.findLastIndex((value) => value !== null);
+        return last < 0 ? null : { family: trace.meta.family, x: trace.x[last], y: trace.y[last] };
+      })
+      .filter((end) => end && end.y >= low && end.y <= high)
+      .map((end) => ({ ...end, at: ((high - end.y) / (high - low)) * height }))
+      .sort((one, other) => one.at - other.at);
+    ends.forEach((end, i) => { end.label = i ? Math.max(end.at, ends[i - 1].label + gap) : end.at; });
+    let floor = height + 4;
+    for (const end of [...ends].reverse()) { end.label = Math.min(end.label, floor); floor = end.label - gap; }
+    return ends.map((end) => ({
+      x: end.x, y: end.y, ax: 16, ay: end.label - end.at, xanchor: "left", yanchor: "middle", align: "left",
+      text: escaped(shortened(end.family.replace(" prefix)", ")"))), font: { size: 11, color: colour(end.family) }, borderpad: 0,
+      showarrow: true, arrowhead: 0, arrowwidth: 0.8, arrowcolor: colour(end.family), standoff: 4, captureevents: false,
+      opacity: !state.focus || state.focus === end.family ? 1 : 0.15,
+    }));
+  }
+
+  function drawCurves() {
+    const key = `${state.unit}-${state.scale}`;
+    const panels = all("[data-curves]").map((element) => {
+      const traces = report.curves[element.dataset.curves][key]
+        .filter((trace) => !state.hidden.has(trace.meta.family))
+        .filter((trace) => state.band || trace.meta.role === "mean")
+        .map((trace) => painted(trace, trace.meta.family, {
+          visible: true, opacity: !state.focus || state.focus === trace.meta.family ? 1 : 0.12,
+        }));
+      return { element, traces };
+    });
+    const shared = state.scale === "change" ? extent(panels.flatMap((panel) => panel.traces)) : null;
+    for (const { element, traces } of panels) {
+      const range = shared || extent(traces);
+      const margin = { l: 54, r: element.clientWidth < 460 ? 10 : 128, t: 26, b: 44 };
+      const lines = traces.filter((trace) => trace.meta.role === "mean");
+      draw(element, traces, {
+        margin,
+        xaxis: { title: { text: "optimizer step", standoff: 6 }, range: extent(lines, "x") },
+        yaxis: { range, zeroline: state.scale === "change", zerolinewidth: 1.2 },
+        annotations: [
+          ...lineEnds(lines, range, element.clientHeight - margin.t - margin.b, element.clientWidth),
+          { text: report.titles[key], xref: "paper", yref: "paper", x: 0, y: 1, xshift: -54, yshift: 8, xanchor: "left",
+            yanchor: "bottom", showarrow: false },
+        ],
+      });
+    }
+  }
+
+  function bindCurves() {
+    const form = document.getElementById("curve-controls");
+    const read = () => {
+      const chosen = new FormData(form);
+      Object.assign(state, { scale: chosen.get("scale"), unit: chosen.get("unit"), band: chosen.has("band") });
+    };
+    read(); // a browser may restore what was chosen before a reload
+    form.addEventListener("change", () => { read(); drawCurves(); });
+    form.addEventListener("submit", (event) => event.preventDefault());
+    const buttons = all("#curve-legend [data-family]");
+    const show = (wanted) => {
+      for (const button of buttons) {
+        const shown = wanted(button.dataset.family);
+        button.setAttribute("aria-pressed", String(shown));
+        state.hidden[shown ? "delete" : "add"](button.dataset.family);
+      }
+      state.focus = null;
+      drawCurves();
+    };
+    let pending = 0;
+    const focusOn = (family) => { // leaving one button for the next costs one drawing, not two
+      state.focus = family;
+      cancelAnimationFrame(pending);
+      pending = requestAnimationFrame(drawCurves);
+    };
+    for (const button of buttons) {
+      const family = button.dataset.family;
+      button.addEventListener("click", () => show((other) => (other === family) !== !state.hidden.has(other)));
+      button.addEventListener("pointerenter", (event) => {
+        if (event.pointerType === "mouse" && !state.hidden.has(family)) focusOn(family);
+      });
+      button.addEventListener("pointerleave", () => focusOn(null));
+      button.addEventListener("focus", () => {
+        if (button.matches(":focus-visible") && !state.hidden.has(family)) focusOn(family);
+      });
+      button.addEventListener("blur", () => focusOn(null));
+    }
+    for (const button of all("#curve-legend [data-show]")) {
+      const main = (family) => ["chosen", "rejected"].includes(family) || family.startsWith("argmax");
+      button.addEventListener("click", () => show(button.dataset.show === "all" ? () => true : main));
+    }
+  }
+
+  // ---- Where did the mass go?
+  function drawSqueezing() {
+    const panels = all("[data-squeezing]");
+    for (const element of panels) {
+      const column = element.dataset.panel;
+      // the same scale for every run, so that panels can be compared
+      const range = extent(Object.values(report.squeezing).flatMap((run) => run[column]));
+      const traces = report.squeezing[element.dataset.squeezing][column];
+      draw(element, traces.map((trace) => painted(trace, trace.meta.family)), {
+        margin: { l: 44, r: 8, t: 6, b: 24 }, font: { family: css("--sans"), size: 11, color: css("--muted") },
+        xaxis: { nticks: 5, range: extent(traces, "x") }, yaxis: { range, nticks: 5 },
+      });
+    }
+  }
+
+  // ---- Which tokens?
+  function drawTokens() {
+    const picker = document.getElementById("probe");
+    if (!picker) return;
+    const probe = report.heatmaps[Number(picker.value)];
+    const change = probe.logp.map((row) => row.map((value, m) => {
+      const start = probe.logp[0][m];
+      return value === null || start === null ? null : value - start;
+    }));
+    showText(probe, change[change.length - 1]);
+    const element = document.getElementById("heatmap");
+    const room = element.parentElement.clientWidth;
+    const width = Math.max(room, 54 + 22 * probe.tokens.length);
+    const height = Math.min(160 + Math.max(15, Math.min(26, 340 / probe.steps.length)) * probe.steps.length, room < 460 ? 480 : 640);
+    const hover = probe.logp.map((row, s) => row.map((value, m) => [
+      escaped(probe.tokens[m].replaceAll(" ", "·").replaceAll("\n", "↵")), value === null ? "not finite" : value.toFixed(2).replace("-", "−"),
+      probe.rank[s][m] || "–", escaped(probe.strings[probe.greedy[s][m]]),
+      change[s][m] === null ? "–" : signed(change[s][m]),
+    ]));
+    element.style.width = `${width}px`;
+    element.style.height = `${height}px`;
+    draw(element, [{
+      type: "heatmap", z: change, customdata: hover, y: probe.steps.map(String), zmin: -probe.limit, zmax: probe.limit,
+      colorscale: [[0, css("--fell")], [0.5, css("--tint")], [1, css("--rose")]], xgap: 1, ygap: probe.steps.length > 40 ? 0 : 1,
+      hoverongaps: false,
+      // above and at the left, where it stays in sight however long the response is
+      colorbar: { orientation: "h", x: 0, xanchor: "left", y: 1, yanchor: "bottom", ypad: 12, lenmode: "pixels", len: 230,
+        thickness: 8, outlinewidth: 0, title: { text: "change of log-prob, nats", side: "top" }, tickformat: "+.2~g", nticks: 5 },
+      hovertemplate: "<b>%{customdata[0]}</b>, step %{y}<br>change %{customdata[4]} nats<br>log-prob %{customdata[1]}, " +
+        "rank %{customdata[2]}<br>greedy token: %{customdata[3]}<extra></extra>",
+    }], {
+      width, height, dragmode: false, margin: { l: 46, r: 8, t: 66, b: 92 },
+      xaxis: { tickvals: probe.labels.map((_, m) => m), ticktext: probe.labels.map(escaped), tickangle: -60, showline: false,
+        ticks: "", tickfont: { family: css("--mono"), size: 11, color: css("--ink") } },
+      yaxis: { type: "category", autorange: "reversed", showgrid: false, nticks: 24, title: { text: "step", standoff: 4 } },
+    });
+  }
+
+  function showText(probe, change) {
+    document.getElementById("probe-prompt").textContent = probe.prompt;
+    document.getElementById("probe-family").textContent = `response: ${probe.family} in ${probe.run}`;
+    document.getElementById("probe-response").replaceChildren(...probe.tokens.map((token, m) => {
+      const span = document.createElement("span");
+      const share = change[m] === null ? 0 : Math.max(-1, Math.min(1, change[m] / probe.limit));
+      span.textContent = token;
+      span.className = share < -0.2 ? "token fell" : "token";
+      span.title = change[m] === null ? "not finite" : `${signed(change[m])} nats`;
+      span.style.backgroundColor = `rgb(var(${share < 0 ? "--fell-rgb" : "--rose-rgb"}) / ${Math.abs(share) * 0.5})`;
+      return span;
+    }));
+  }
+
+  // ---- life of the page
+  const drawAll = () => { drawCurves(); drawSqueezing(); drawTokens(); };
+  if (!report.compares) document.querySelector("#curve-controls [value=value]").checked = true;
+  bindCurves();
+  document.getElementById("probe")?.addEventListener("change", drawTokens);
+  darkness.addEventListener("change", drawAll);
+  let pending = 0;
+  window.addEventListener("resize", () => { cancelAnimationFrame(pending); pending = requestAnimationFrame(drawAll); });
+  // Paper is light, whatever the screen; the style sheet reads data-print as well.
+  window.addEventListener("beforeprint", () => { root.dataset.print = ""; drawAll(); });
+  window.addEventListener("afterprint", () => { delete root.dataset.print; drawAll(); });
+  drawAll();
+  root.dataset.drawn = "";
+})();

@@ -1,0 +1,92 @@
+"""Write one self-contained HTML page about one or several runs.
+
+The page needs no network: style, script, data and plotly.js lie in it, and its content security policy forbids it to
+load anything. Prompts and responses are untrusted: HTML is escaped by jinja2's autoescape, JSON by
+`text.json_for_script`, labels that plotly reads by `text.for_plotly`; and only the two scripts of the page, named
+by their hashes, may run at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from llm_dynamics.report import content
+from llm_dynamics.report.figures import PANELS
+from llm_dynamics.report.text import json_for_script, nats
+from llm_dynamics.runlog import RunLog, RunLogs
+
+
+def write_report(runs: RunLogs | RunLog, path: str | Path, *, title: str = "What moved in training") -> Path:
+    """Write the report of `runs` to `path`.
+
+    Args:
+        runs: One run, or several by name: they are shown side by side.
+        path: The HTML file to write; its folder is made.
+        title: Heading of the page.
+
+    Returns:
+        The path of the file.
+
+    Example:
+        >>> write_report(load_runs({"sft": "runs/sft", "dpo": "runs/dpo"}), "report.html")  # doctest: +SKIP
+    """
+    if isinstance(runs, RunLog):
+        runs = RunLogs({runs.name: runs})
+    heatmaps = content.embedded_heatmaps(runs)
+    script = _asset("page.js")
+    # Markup marks what is not to be escaped again: files of this package, plotly.js, and JSON made safe for a script.
+    page = _template().render(
+        title=title,
+        policy=_policy(get_plotlyjs(), script),
+        style=Markup(_asset("page.css")),
+        plotly=Markup(get_plotlyjs()),
+        script=Markup(script),
+        data=Markup(json_for_script(content.script_data(runs, heatmaps))),
+        runs=[content.run_view(name, run) for name, run in runs.runs.items()],
+        legend=content.legend(runs),
+        panels=PANELS,
+        heatmaps=content.menu(heatmaps),
+        n_heatmaps=len(heatmaps),
+        n_probes=sum(len(run.probes) for run in runs.runs.values()),
+        version=_version(),
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8", newline="\n")
+    return path
+
+
+def _policy(*scripts: str) -> str:
+    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+
+
+@cache
+def _asset(name: str) -> str:
+    return files("llm_dynamics.report").joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["nats"] = nats
+    return environment.from_string(_asset("page.html.j2"))
+
+
+def _version() -> str:
+    try:
+        return version("llm-dynamics")
+    except PackageNotFoundError:
+        return "unknown version"

@@ -1,0 +1,175 @@
+"""Watching changes nothing: weights and loss rows of a watched run are, bit for bit, those of the run without it."""
+
+import random
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from llm_dynamics.callbacks import ProbeCallback, watch
+from llm_dynamics.likelihood import scoring
+from tests.training import build_trainer, make_probes, own_rows, save_tiny_model, uses_dropout, weights_of
+
+DROPOUT = 0.2
+RUNS = [(kind, lora) for kind in ("sft", "dpo", "grpo") for lora in (False, True)]
+RUNS += [("kto", False), ("rloo", True), ("plain", False)]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"), dropout=DROPOUT)
+
+
+def run(kind, model_folder, output_dir, *, watched, **options):
+    trainer = build_trainer(
+        kind, model_folder, output_dir, dropout=DROPOUT, gradient_accumulation_steps=2, optim="adamw_torch", **options
+    )
+    if watched:
+        watch(trainer, make_probes(), every=1)
+    trainer.train()
+    return trainer
+
+
+def assert_same_run(watched, alone):
+    assert own_rows(watched) == own_rows(alone)
+    assert weights_of(watched) == weights_of(alone)
+
+
+@pytest.mark.parametrize(("kind", "lora"), RUNS, ids=[f"{kind}-{'lora' if lora else 'full'}" for kind, lora in RUNS])
+def test_a_watched_run_ends_with_the_bytes_and_loss_rows_of_the_run_alone(kind, lora, model_folder, tmp_path):
+    alone = run(kind, model_folder, tmp_path / "alone", watched=False, lora=lora)
+    watched = run(kind, model_folder, tmp_path / "watched", watched=True, lora=lora)
+    assert_same_run(watched, alone)
+
+    # the comparison means something: probes were observed, training moved the weights, and dropout was on
+    observed = [row["step"] for row in watched.state.log_history if "probe/chosen_logp" in row]
+    assert observed == [0, 1, 2, 3]
+    assert [row["step"] for row in alone.state.log_history if "loss" in row] == [1, 2, 3]
+    untrained = build_trainer(kind, model_folder, tmp_path / "untrained", lora=lora)
+    assert weights_of(untrained) != weights_of(alone)
+    assert uses_dropout(alone)
+
+
+def test_a_watched_run_in_bfloat16_is_that_of_the_run_alone(model_folder, tmp_path):
+    alone = run("sft", model_folder, tmp_path / "alone", watched=False, bf16=True)
+    watched = run("sft", model_folder, tmp_path / "watched", watched=True, bf16=True)
+    assert_same_run(watched, alone)
+
+
+def test_watching_leaves_an_adapter_with_frozen_parts_as_it_trains_alone(model_folder, tmp_path):
+    runs = []
+    for watched in (False, True):
+        trainer = build_trainer("sft", model_folder, tmp_path / str(watched), lora=True, max_grad_norm=0.1)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_A" in name:  # LoRA-FA trains B alone
+                parameter.requires_grad_(False)
+        if watched:
+            watch(trainer, make_probes(), every=1)
+        trainer.train()
+        runs.append(trainer)
+    assert_same_run(*runs)
+
+
+@contextmanager
+def drawing(model):
+    """A broken `evaluating`: scoring draws from the global random state."""
+    with original(model):
+        yield
+    torch.rand(1)
+
+
+@contextmanager
+def staying_in_evaluation_mode(model):
+    """A broken `evaluating`: the model is left in evaluation mode."""
+    with original(model):
+        yield
+    model.eval()
+
+
+@contextmanager
+def moving_a_weight(model):
+    """A broken `evaluating`: one weight is moved by its last bit."""
+    with original(model):
+        yield
+    with torch.no_grad():
+        weight = next(model.parameters()).view(-1)[:1]
+        weight.copy_(torch.nextafter(weight, torch.tensor(torch.inf)))
+
+
+original = scoring.evaluating
+
+
+@pytest.mark.parametrize("broken", [drawing, staying_in_evaluation_mode, moving_a_weight])
+def test_the_comparison_sees_an_observation_that_leaves_a_trace(broken, model_folder, tmp_path):
+    alone = run("sft", model_folder, tmp_path / "alone", watched=False)
+    with mock.patch.object(scoring, "evaluating", broken):
+        watched = run("sft", model_folder, tmp_path / "watched", watched=True)
+    with pytest.raises(AssertionError):
+        assert_same_run(watched, alone)
+
+
+def state_of(trainer):
+    """Everything that an observation could disturb; gradients by identity and by value."""
+    model = trainer.model
+    return {
+        "python": random.getstate(),
+        "numpy": str(np.random.get_state()),
+        "torch": torch.get_rng_state().tolist(),
+        "modes": {name: module.training for name, module in model.named_modules()},
+        "requires_grad": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "gradients": {
+            name: None if parameter.grad is None else (id(parameter.grad), parameter.grad.tolist())
+            for name, parameter in model.named_parameters()
+        },
+        "hooks": {
+            name: (len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()
+        },
+        "weights": weights_of(trainer),
+        "use_cache": model.config.use_cache,
+        "padding_side": trainer.processing_class.padding_side,
+        "grad_mode": torch.is_grad_enabled(),
+        "control": vars(trainer.control).copy(),
+    }
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=["", "raising"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_one_observation_leaves_no_trace(lora, raises, model_folder, tmp_path):
+    trainer = build_trainer("sft", model_folder, tmp_path, lora=lora, dropout=DROPOUT)
+    callback = ProbeCallback(trainer, make_probes(), every=1)
+    trainer.model.train()
+    frozen = [module for name, module in trainer.model.named_modules() if name.endswith("layers.0.mlp")]
+    assert len(frozen) == 1
+    frozen[0].eval()  # in evaluation mode by intent
+    trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    trainable[0].requires_grad_(False)
+    for parameter in trainable[1:]:
+        parameter.grad = torch.full_like(parameter, 0.5)
+    trainer.model.config.use_cache = True
+    trainer.control.should_log = True
+    before = state_of(trainer)
+
+    if raises:
+        draw_and_fail = mock.patch.object(scoring, "_token_scores", lambda *_: (torch.rand(1), 1 / 0))
+        with draw_and_fail, pytest.raises(ZeroDivisionError):
+            callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+    else:
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+    assert bool(trainer.state.log_history) is not raises
+    after = state_of(trainer)
+    assert [name for name in before if before[name] != after[name]] == []
+
+
+def test_a_reference_that_raises_leaves_the_adapter_on(model_folder, tmp_path):
+    trainer = build_trainer("sft", model_folder, tmp_path, lora=True, dropout=DROPOUT)
+    callback = ProbeCallback(trainer, make_probes(), every=1)
+    before = state_of(trainer)
+    with mock.patch.object(scoring, "_label_logps", lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+    after = state_of(trainer)
+    assert [name for name in before if before[name] != after[name]] == []
+    status = trainer.model.get_model_status()
+    assert status.enabled is True

@@ -1,0 +1,164 @@
+import ast
+import json
+import re
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import llm_dynamics.report
+from llm_dynamics.report import write_report
+from llm_dynamics.runlog import load_runs
+
+from .synthetic import DPO_DELTA, HOSTILE, write_run, write_values
+
+QUESTIONS = ["What moved?", "Where did the mass go?", "Which tokens?", "What does it say?", "How was it measured?"]
+
+
+class Outline(HTMLParser):
+    """What a browser would make of the page: elements, what they would load, headings, script contents."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.loads, self.headings, self.scripts, self.handlers = [], [], [], [], []
+        self._open = None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self._open = tag
+        for name, value in attributes:
+            if name in ("src", "href", "srcset", "data", "action", "poster"):
+                self.loads.append(value)
+            if name.startswith("on"):
+                self.handlers.append(name)
+
+    def handle_endtag(self, tag):
+        self._open = None
+
+    def handle_data(self, data):
+        if self._open == "h2":
+            self.headings.append(data)
+        if self._open == "script":
+            self.scripts.append(data)
+
+
+def embedded(outline):
+    return json.loads(next(script for script in outline.scripts if script.startswith('{"compares"')))
+
+
+@pytest.fixture(scope="module")
+def page(both, tmp_path_factory):
+    return write_report(both, tmp_path_factory.mktemp("page") / "new" / "report.html").read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def hostile_page(hostile, tmp_path_factory):
+    path = tmp_path_factory.mktemp("hostile_page") / "report.html"
+    return write_report(load_runs({HOSTILE: hostile.path}), path, title=HOSTILE).read_text("utf-8")
+
+
+def test_every_section_asks_its_question(page):
+    assert Outline(page).headings == QUESTIONS
+
+
+def test_plotly_is_embedded_once(page):
+    assert page.count("* plotly.js v") == 1
+
+
+def test_nothing_is_loaded_from_anywhere(page):
+    outline = Outline(page)
+    assert outline.loads
+    assert all(load.startswith("#") for load in outline.loads)
+    assert "default-src 'none'" in unescape(page.split("<title>")[0])
+    assert "@import" not in page.split("</style>")[0]
+
+
+def test_page_states_language_title_and_viewport(page):
+    assert '<html lang="en">' in page
+    assert "<title>What moved in training</title>" in page
+    assert 'name="viewport"' in page
+
+
+def test_table_shows_start_end_and_what_was_left_out(page):
+    table = page.split('aria-label="What moved in dpo, as a table"')[1].split("</table>")[0]
+    rows = re.findall(r"<tr.*?</tr>", table, re.S)
+    assert "11<span" in next(row for row in rows if "other_test" in row)
+    assert "argmax (chosen prefix)" in rows[-1]
+    assert "1 probe left out" in page
+
+
+def test_statements_carry_a_mark_and_a_word(page):
+    assert re.search(r"✓</span> yes</span>\s*<div><p class=\"claim\">rejected falls fastest", page)
+
+
+def test_measured_shows_meta_and_tolerates_its_absence(page, tmp_path):
+    for part in (
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "llm-dynamics 0.1.0, torch 2.9.0",
+        "beta 0.1",
+        "seed 7",
+        "4.0%",
+    ):
+        assert part in page
+    bare = write_report(write_values(tmp_path / "run", {"chosen-1": [-1, -2, -3]}, trainer=None), tmp_path / "p.html")
+    assert "How was it measured?" in bare.read_text("utf-8")
+
+
+def test_hostile_text_is_never_markup(hostile_page):
+    outline = Outline(hostile_page)
+    assert HOSTILE not in hostile_page
+    assert "<img" not in hostile_page.replace(outline.scripts[1], "")  # plotly.js aside
+    assert "img" not in outline.tags
+    assert not outline.handlers
+    assert outline.tags.count("script") == 3
+    assert "&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;" in hostile_page
+
+
+def test_hostile_text_survives_as_data(hostile_page):
+    data = embedded(Outline(hostile_page))
+    assert data["heatmaps"][0]["tokens"][0] == HOSTILE
+    assert data["heatmaps"][0]["prompt"] == HOSTILE
+    names = {trace["name"] for trace in data["curves"][HOSTILE]["response-change"]}
+    assert names >= {"&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;"}  # plotly reads names as HTML
+
+
+@pytest.mark.parametrize("steps", [(0,), ()], ids=["one observation", "none"])
+def test_a_run_too_short_to_compare_renders(tmp_path, steps):
+    run = write_run(tmp_path / "run", "DPOTrainer", DPO_DELTA, steps=steps or (0,), n_prompts=2)
+    if not steps:
+        run = write_values(tmp_path / "empty", {"chosen-1": []}, steps=())
+    text = write_report(run, tmp_path / "report.html").read_text("utf-8")
+    assert Outline(text).headings == QUESTIONS
+    assert ("only one observation" if steps else "no observation") in text
+    assert embedded(Outline(text))["compares"] is False
+
+
+def test_a_single_run_needs_no_name(dpo, tmp_path):
+    assert f"<h3>{dpo.name} " in write_report(dpo, tmp_path / "report.html").read_text("utf-8")
+
+
+def test_runs_without_tokens_or_squeezing_say_so(tmp_path):
+    text = write_report(write_values(tmp_path / "run", {"chosen-1": [-1, -2, -3]}), tmp_path / "r.html").read_text(
+        "utf-8"
+    )
+    assert "These runs kept no tokens" in text
+    assert "kept no squeezing statistics" in text
+
+
+def test_a_large_run_stays_small(tmp_path):
+    run = write_run(tmp_path / "run", "DPOTrainer", DPO_DELTA, steps=tuple(range(100)), n_prompts=42, keep_tokens=0)
+    path = write_report(run, tmp_path / "report.html")
+    assert len(run.probes) >= 500
+    assert path.stat().st_size < 7e6  # of which plotly.js is 4.8 MB
+
+
+def test_report_loads_no_model_library():
+    for file in Path(llm_dynamics.report.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            assert not {name.split(".")[0] for name in names} & {"torch", "transformers", "trl", "peft"}
+            ours = {name.split(".")[1] for name in names if name.startswith("llm_dynamics.")}
+            assert ours <= {"report", "runlog"}
