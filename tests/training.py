@@ -6,7 +6,13 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -112,7 +118,9 @@ def build_trainer(kind, model_folder, output_dir, *, lora=False, dropout=0.0, ca
     if kind == "plain":
         options["data_collator"] = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     if lora:
-        options["peft_config"] = LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+        options["peft_config"] = LoraConfig(
+            r=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
     return trainer_class(
         model=AutoModelForCausalLM.from_pretrained(model_folder),
         args=config_class(**settings | arguments),

@@ -20,7 +20,14 @@ from llm_dynamics.callbacks.recorder import Recorder
 from llm_dynamics.callbacks.refusals import refuse_unscorable
 from llm_dynamics.callbacks.schedule import Clock
 from llm_dynamics.callbacks.sharding import broadcast, gather_frames, share_of
-from llm_dynamics.likelihood import score_logps, score_responses, sequence_table, split_model, token_table
+from llm_dynamics.likelihood import (
+    SplitModel,
+    score_logps,
+    score_responses,
+    sequence_table,
+    split_model,
+    token_table,
+)
 from llm_dynamics.likelihood.preserve import evaluating
 from llm_dynamics.likelihood.scoring import DEFAULT_BATCH_TOKENS, ResponseScores
 from llm_dynamics.probes import ProbeSet, TruncationRule, encode_probes, probe_table
@@ -116,8 +123,7 @@ class ProbeCallback(TrainerCallback):
         self._table = probe_table(probes, self.encoded)
         self._share = share_of(self.encoded, trainer.args.process_index, trainer.args.world_size)
         self._autocast = trainer.accelerator.autocast if trainer.accelerator.mixed_precision != "no" else None
-        with evaluating(self._model):
-            split_model(self._model)  # what cannot be scored is refused now, not hours into the run
+        self._split = self._split_model()  # what cannot be scored is refused now, not hours into the run
         self.recorder = Recorder(
             Path(log_folder) if log_folder else Path(trainer.args.output_dir or ".") / schema.FOLDER,
             self._table,
@@ -139,6 +145,10 @@ class ProbeCallback(TrainerCallback):
     def _model(self) -> Any:
         return self.trainer.model
 
+    def _split_model(self) -> SplitModel:
+        with evaluating(self._model), (self._autocast or nullcontext)():
+            return split_model(self._model)
+
     # ---- events -------------------------------------------------------------------------------------------------
 
     def on_train_begin(
@@ -147,6 +157,7 @@ class ProbeCallback(TrainerCallback):
         """Open the run log, new or continued, and observe."""
         self.clock = Clock()
         self._observed, self._ref_logp = None, None
+        self._split = self._split_model()  # the trainer may have wrapped or changed the model since
         if state.is_world_process_zero:
             self.recorder.open(state, describe_run(self, state), every=self.every)
         opened = (self.recorder.token_probes, self.recorder.start, self.recorder.log.has(state.global_step))
@@ -224,6 +235,7 @@ class ProbeCallback(TrainerCallback):
                     batch_tokens=self.batch_tokens,
                     squeeze_strength=self.squeeze_strength,
                     autocast=self._autocast,
+                    split=self._split,
                     on_progress=bar.update,
                 )
             scores = ResponseScores(scores.lengths, scores.tokens, self._reference_logps(share))

@@ -205,5 +205,8 @@ def _limits_attention(config: Any) -> bool:
 
 def _close(ours: Tensor, theirs: Tensor, split: SplitModel) -> bool:
     ours, theirs = ours.double().log_softmax(-1), theirs.to(ours.device).double().log_softmax(-1)
-    tolerance = _CHECK_TOLERANCE.get(split.model.get_output_embeddings().weight.dtype, 0.1)  # type: ignore[operator]
+    weight: Tensor = split.model.get_output_embeddings().weight  # type: ignore[operator]
+    kind = weight.device.type
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    tolerance = _CHECK_TOLERANCE.get(precision, 0.1)
     return bool(torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance, equal_nan=True))

@@ -96,8 +96,8 @@ def score_responses(
     """Score every response token under `model`: teacher-forced, no gradient.
 
     Only positions that predict a response token meet the LM head, `chunk` of them at a time, so that one float32 block
-    of `chunk * V` logits is alive, with two work buffers of its size. The model's modes and the random state are left
-    as they were, also after an error.
+    of `chunk * V` logits is alive, with at most three work buffers of its size. The model's modes and the random state
+    are left as they were, also after an error.
 
     Args:
         model: Any Hugging Face causal LM (PEFT weight adapters, DDP and TRL's fused head included).

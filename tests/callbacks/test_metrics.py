@@ -12,7 +12,10 @@ STATISTICS = (*SQUEEZE_COLUMNS, "riser_count", "entropy")
 
 
 def sequences(*rows, **changes):
-    """A sequences table of (probe_id, n_tokens, logp_sum, argmax_logp_sum); statistic k of a probe sums to k * tokens."""
+    """A sequences table of (probe_id, n_tokens, logp_sum, argmax_logp_sum).
+
+    Statistic k of the i-th probe sums to k * n_tokens + i.
+    """
     frame = pd.DataFrame(rows, columns=["probe_id", "n_tokens", "logp_sum", "argmax_logp_sum"])
     frame[["prompt_id", "family"]] = frame["probe_id"].str.split("/", expand=True)
     frame["n_nonfinite"] = 0

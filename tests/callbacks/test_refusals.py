@@ -50,7 +50,7 @@ def test_a_reward_trainer_is_refused_since_it_has_no_log_probabilities(model_fol
         train_dataset=Dataset.from_list(PREFERENCES),
         processing_class=AutoTokenizer.from_pretrained(model_folder),
     )
-    with pytest.raises(NotImplementedError, match="RewardTrainer trains a scalar score head.*Watch the policy"):
+    with pytest.raises(NotImplementedError, match=r"RewardTrainer trains a scalar score head.*Watch the policy"):
         watch(trainer, make_probes())
     assert not any(isinstance(callback, ProbeCallback) for callback in trainer.callback_handler.callbacks)
 
@@ -64,7 +64,7 @@ def test_a_trainer_without_a_tokenizer_is_told_to_pass_one(model_folder, plain):
 @pytest.mark.parametrize("model_class", [LlamaModel, AutoModelForSequenceClassification])
 def test_a_model_without_a_language_model_head_is_refused(model_class, model_folder, plain):
     trainer = plain(model_class.from_pretrained(model_folder))
-    with pytest.raises(NotImplementedError, match="no language-model head.*AutoModelForCausalLM"):
+    with pytest.raises(NotImplementedError, match=r"no language-model head.*AutoModelForCausalLM"):
         watch(trainer, make_probes())
 
 
@@ -83,7 +83,7 @@ def test_a_prompt_learning_adapter_is_refused(model_folder, plain):
 
 def test_fsdp_is_refused_with_the_way_out(trainer):
     trainer.is_fsdp_enabled = True
-    with pytest.raises(NotImplementedError, match="FSDP shards the parameters.*Train with DDP"):
+    with pytest.raises(NotImplementedError, match=r"FSDP shards the parameters.*Train with DDP"):
         watch(trainer, make_probes())
 
 
@@ -97,7 +97,7 @@ def with_zero_stage(trainer, stage):
 
 
 def test_zero_3_is_refused_with_the_way_out(trainer):
-    with pytest.raises(NotImplementedError, match="ZeRO-3 shards the parameters.*Use ZeRO-1"):
+    with pytest.raises(NotImplementedError, match=r"ZeRO-3 shards the parameters.*Use ZeRO-1"):
         watch(with_zero_stage(trainer, 3), make_probes())
 
 
@@ -125,7 +125,7 @@ def test_an_argument_out_of_range_is_named_with_what_is_allowed(options, message
 def test_things_that_are_no_trainer_or_probe_set_are_named(trainer):
     with pytest.raises(TypeError, match="trainer must be a transformers or TRL trainer; seen dict"):
         watch({}, make_probes())
-    with pytest.raises(TypeError, match="probes must be a ProbeSet.*list"):
+    with pytest.raises(TypeError, match=r"probes must be a ProbeSet.*list"):
         watch(trainer, PREFERENCES)
 
 

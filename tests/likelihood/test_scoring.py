@@ -286,3 +286,19 @@ def row(prompt, response):
 def test_bad_input_is_named(responses, options, message):
     with pytest.raises(ValueError, match=message):
         score_responses(build("llama_tied"), responses, **options)
+
+
+def test_prompts_stay_shared_under_mixed_precision():
+    model, responses = build("llama_tied"), make_responses(11)
+
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    with torch.no_grad(), autocast():
+        split = split_model(model)
+    assert split.backbone is not None
+    assert split.shares_prompts
+    scores = score_responses(model, responses, split=split, autocast=autocast)
+    exact = score_responses(model, responses)
+    assert not torch.equal(scores.tokens.logp, exact.tokens.logp)  # bfloat16 was really in use
+    torch.testing.assert_close(scores.tokens.logp, exact.tokens.logp, atol=0.3, rtol=0.05)
