@@ -3,11 +3,16 @@
 Watch a run with one line, `watch(trainer, probes)`; read what it wrote with `load_run`.
 """
 
-from llm_dynamics.callbacks import ProbeCallback, watch
-from llm_dynamics.likelihood import score_responses, squeezing_stats
-from llm_dynamics.probes import Probe, ProbeSet, encode_probes
-from llm_dynamics.report import write_report
-from llm_dynamics.runlog import load_run, load_runs
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_dynamics.callbacks.probe import ProbeCallback
+    from llm_dynamics.callbacks.watch import watch
+    from llm_dynamics.likelihood import score_responses, squeezing_stats
+    from llm_dynamics.probes import Probe, ProbeSet, encode_probes
+    from llm_dynamics.report import write_report
+    from llm_dynamics.runlog import load_run, load_runs
 
 __all__ = [
     "Probe",
@@ -21,3 +26,27 @@ __all__ = [
     "watch",
     "write_report",
 ]
+
+_FOLDERS = {
+    "callbacks": ("ProbeCallback", "watch"),
+    "likelihood": ("score_responses", "squeezing_stats"),
+    "probes": ("Probe", "ProbeSet", "encode_probes"),
+    "report": ("write_report",),
+    "runlog": ("load_run", "load_runs"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: reading a log must not load torch and TRL.
+
+    Raises:
+        AttributeError: For a name that is not public.
+    """
+    for folder, names in _FOLDERS.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{folder}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

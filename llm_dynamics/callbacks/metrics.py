@@ -37,9 +37,12 @@ def observation_metrics(sequences: pd.DataFrame, start: Mapping[str, float]) -> 
     on_chosen = frame[frame["family"] == "chosen"] if "chosen" in families else frame
     metrics["probe/argmax_logp"] = _mean(on_chosen["argmax_logp_sum"])
     if {"chosen", "rejected"} <= families:
-        by_prompt = frame.groupby(["prompt_id", "family"])["logp_sum"].mean().unstack("family")
-        pairs = by_prompt[["chosen", "rejected"]][by_prompt["chosen"].notna() | by_prompt["rejected"].notna()]
-        metrics["probe/margin"] = _mean((pairs["chosen"] - pairs["rejected"]).dropna())
+        sides = [
+            rows.groupby("prompt_id")["logp_sum"].agg(lambda sums: sums.mean(skipna=False))
+            for rows in (frame[frame["family"] == "chosen"], frame[frame["family"] == "rejected"])
+        ]
+        paired = sides[0].index.intersection(sides[1].index)
+        metrics["probe/margin"] = _mean(sides[0][paired] - sides[1][paired])
     metrics["probe/n_nonfinite"] = float(frame["n_nonfinite"].sum())
     squeezed = next((name for name in SQUEEZED_FAMILIES if name in families), str(frame["family"].iloc[0]))
     rows = frame[frame["family"] == squeezed]

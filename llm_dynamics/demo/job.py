@@ -108,6 +108,8 @@ def run_demo(settings: DemoSettings, folder: Path, notify: Notify) -> DemoResult
         ModuleNotFoundError: Where the real model's packages are missing, see `load_smollm2`.
     """
     begun = time.monotonic()
+    if settings.quick:
+        torch.set_num_threads(1)  # so small a model loses more to waiting for the second thread than it gains
     train = load_preferences("train")
     notify("Loading the tiny built-in model" if settings.quick else "Loading SmolLM2-135M-Instruct (about 30 s)")
     model, tokenizer = _load(settings, train)

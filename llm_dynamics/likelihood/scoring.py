@@ -19,7 +19,7 @@ Autocast = Callable[[], AbstractContextManager[object]]
 """Makes a context for forwards, such as `accelerator.autocast`."""
 
 DEFAULT_BATCH_TOKENS = 2048
-DEFAULT_CHUNK = 128
+DEFAULT_CHUNK = 64
 
 
 @dataclass(frozen=True)

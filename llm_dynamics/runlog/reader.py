@@ -143,7 +143,7 @@ class RunLog:
             the value at a step minus the value of the same probe at its first observation.
         """
         frame = self.sequences.sort_values("step", kind="stable").reset_index(drop=True)
-        start = frame.groupby("probe_id", sort=False)["logp_sum"].transform("first")
+        start = frame.groupby("probe_id", sort=False)["logp_sum"].transform("first", skipna=False)
         delta = frame["logp_sum"] - start
         return frame.assign(delta_logp_sum=delta, delta_logp_mean=delta / frame["n_tokens"])
 
@@ -157,7 +157,8 @@ class RunLog:
                 tables.append(read_part(file, schema.OBSERVED_TABLES[name]))
             except RunLogError as error:
                 if self.errors == "raise":
-                    raise RunLogError(f'{error}. load_run(path, errors="warn") reads the rest.') from error
+                    hint = 'load_run(path, errors="warn") reads the rest.'
+                    raise RunLogError(f"{str(error).rstrip('.')}. {hint}") from error
                 warnings.warn(f"left out of {name}: {error}", stacklevel=3)
         if not tables:
             return schema.OBSERVED_TABLES[name].empty_table().to_pandas()

@@ -15,6 +15,7 @@ probe; divide by `n_tokens` for a mean.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import pyarrow as pa
@@ -99,7 +100,7 @@ STEPS = _schema(
         "epoch": (pa.float64(), "epoch of the trainer, fractional"),
         "seconds_observing": (pa.float64(), "wall time of this observation, scoring and writing"),
         "seconds_training": (pa.float64(), "wall time of training since the previous observation, watching excluded"),
-        "overhead": (pa.float64(), "total seconds watching / total seconds training so far, null at the start"),
+        "overhead": (pa.float64(), "seconds watching / seconds training since training was (re)started, null at first"),
         "n_probes": (pa.int64(), "probes scored"),
         "n_response_tokens": (pa.int64(), "response tokens scored"),
         "n_nonfinite": (pa.int64(), "response tokens whose statistics are NaN or infinite"),
@@ -121,5 +122,5 @@ def part_name(step: int) -> str:
 
 def part_step(name: str) -> int | None:
     """Return the step of a part by its file name, or None where `name` is not a part's name."""
-    stem = name.removeprefix("step_").removesuffix(".parquet")
-    return int(stem) if name == f"step_{stem}.parquet" and stem.isdigit() else None
+    match = re.fullmatch(r"step_([0-9]{9,})\.parquet", name)
+    return int(match[1]) if match else None

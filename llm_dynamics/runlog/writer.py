@@ -79,14 +79,14 @@ class RunLogWriter:
         kept = {done for done in completed_steps(self.folder) if done <= step}
         dropped: set[int] = set()
         for table in list(schema.OBSERVED_TABLES)[::-1]:  # `steps` first: a part without it counts as never written
+            (self.folder / table).mkdir(exist_ok=True)  # copies by git or object stores lose empty folders
             for part in (self.folder / table).iterdir():
                 done = schema.part_step(part.name)
-                if done is None:
-                    if part.name.startswith("."):
-                        part.unlink()  # left by a killed writer
-                elif done not in kept:
+                if done is not None and done not in kept:
                     part.unlink()
                     dropped.add(done)
+        for left_by_a_killed_writer in self.folder.rglob(".*.tmp"):
+            left_by_a_killed_writer.unlink()
         # What the first run decided stays: which probes keep their tokens, for one.
         self.meta = {**old, **new}
         self.update_meta(created=old.get("created"), resumed_at=[*old.get("resumed_at", []), step])
@@ -112,7 +112,9 @@ class RunLogWriter:
         part = schema.part_name(step)
         (self.folder / "steps" / part).unlink(missing_ok=True)  # not complete while it is replaced
         for name, frame, columns in (("sequences", sequences, schema.SEQUENCES), ("tokens", tokens, schema.TOKENS)):
-            if frame is not None:
+            if frame is None:
+                (self.folder / name / part).unlink(missing_ok=True)
+            else:
                 _write_table(self.folder / name / part, _to_arrow(frame.assign(step=step), columns))
         row = pd.DataFrame([scalars()]).assign(step=step)
         metrics = [name for name in row.columns if name not in schema.STEPS.names]
@@ -140,7 +142,7 @@ class RunLogWriter:
         self.meta.update(changes)
         _replace(
             self.folder / schema.META_FILE,
-            (json.dumps(self.meta, indent=2, ensure_ascii=False, default=str) + "\n").encode(),
+            (json.dumps(self.meta, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode(),
         )
 
 
@@ -152,7 +154,8 @@ def _to_arrow(frame: pd.DataFrame, columns: pa.Schema) -> pa.Table:
             continue
         # pandas' reading of NaN as "missing" must not reach floats: a NaN that was measured stays a NaN on disk
         from_pandas = not pa.types.is_floating(field.type)
-        arrays.append(pa.array(frame[field.name].to_list(), type=field.type, from_pandas=from_pandas))
+        values = [None if value is pd.NA else value for value in frame[field.name].to_list()]
+        arrays.append(pa.array(values, type=field.type, from_pandas=from_pandas))
     return pa.Table.from_arrays(arrays, schema=columns)
 
 

@@ -129,6 +129,13 @@ def test_things_that_are_no_trainer_or_probe_set_are_named(trainer):
         watch(trainer, PREFERENCES)
 
 
+def test_a_second_callback_on_the_same_log_folder_is_told_to_use_its_own(trainer, tmp_path):
+    watch(trainer, make_probes(2))
+    with pytest.raises(ValueError, match="log_folder"):
+        watch(trainer, make_probes(4))
+    assert isinstance(watch(trainer, make_probes(4), log_folder=tmp_path / "second"), ProbeCallback)
+
+
 def test_a_refusal_leaves_no_run_log_behind(trainer, tmp_path):
     trainer.is_fsdp_enabled = True
     with pytest.raises(NotImplementedError):

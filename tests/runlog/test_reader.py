@@ -250,7 +250,6 @@ def test_the_change_of_a_log_that_begins_late_counts_from_there(tmp_path):
     assert frame["delta_logp_sum"].tolist() == [0.0, 0.0, -1.0, -1.0]
 
 
-@pytest.mark.xfail(strict=True, reason="pandas' `first` skips NaN: the change is counted from a later observation")
 def test_a_probe_that_starts_with_nan_has_no_finite_change(tmp_path):
     writer = new_log(tmp_path)
     observe(writer, 0, (math.nan, -2.0))

@@ -181,7 +181,6 @@ def test_an_observation_is_never_half_old_and_half_new(tmp_path, monkeypatch, nu
     assert load_run(tmp_path).observed_steps == [0]
 
 
-@pytest.mark.xfail(strict=True, reason="RunLogWriter.write leaves the old tokens part")
 def test_writing_a_step_again_without_tokens_leaves_no_tokens_of_the_first_time(tmp_path):
     writer = new_log(tmp_path)
     observe(writer, 0, (-1.0, -2.0))
@@ -306,7 +305,6 @@ def test_another_schema_version_is_refused_and_both_shown(tmp_path):
     assert files_of(tmp_path) == before
 
 
-@pytest.mark.xfail(strict=True, reason="RunLogWriter.resume expects every table's folder")
 def test_a_log_that_was_copied_without_its_empty_folders_can_be_resumed(tmp_path):
     # as `git`, zip files and object stores do: a run that keeps no tokens has an empty `tokens` folder
     observe(new_log(tmp_path), 0, tokens=False)
@@ -317,7 +315,6 @@ def test_a_log_that_was_copied_without_its_empty_folders_can_be_resumed(tmp_path
     assert load_run(tmp_path).observed_steps == [0, 10]
 
 
-@pytest.mark.xfail(strict=True, reason="RunLogWriter.resume unlinks whatever begins with a dot")
 def test_resuming_leaves_what_others_put_into_the_folders(tmp_path):
     observe(new_log(tmp_path), 0)
     (tmp_path / "sequences" / ".ipynb_checkpoints").mkdir()
