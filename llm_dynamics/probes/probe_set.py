@@ -8,7 +8,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Unpack, overload
 
 import pandas as pd
@@ -22,33 +21,6 @@ from llm_dynamics.probes.families import FAMILY_ORDER, check_families, stable_ha
 from llm_dynamics.probes.probe import DroppedProbe, Probe, prompt_identity
 from llm_dynamics.probes.rephrase import Rephraser
 from llm_dynamics.probes.rows import NOT_GIVEN, Columns, DropIf, Missing, Row, Rows
-
-__all__ = ["HH_COLUMNS", "HH_DROP_IF", "DroppedProbe", "Probe", "ProbeSet"]
-
-HH_COLUMNS: Columns = MappingProxyType(
-    {
-        "chosen": "chosen",
-        "rejected": "rejected",
-        "chosen_initial": "chosen_initial",
-        "chosen_semantic": "chosen_gptsemantic",
-        "rejected_semantic": "reject_gptsemantic",
-        "chosen_format": "chosen_gptformat",
-        "rejected_format": "reject_gptformat",
-        "chosen_selfr": "chosen_selfr",
-        "other_train": ("irr_train", "irr_test"),
-        "human_random": "irr_hum",
-        "ungrammatical": "random_permute",
-        "random": "random_nonhum",
-    }
-)
-"""Families of the probe file released with *Learning Dynamics of LLM Finetuning*.
-
-Its `irr_test` was drawn from the *training* split, so it is a second `other_train` (`<prompt_id>/other_train-2`), not
-`other_test`; `random_nonhum` is its words shuffled.
-"""
-
-HH_DROP_IF: DropIf = MappingProxyType({"chosen_selfr": "@@@"})
-"""Most `chosen_selfr` of that file are the rephrasing prompt's own few-shot text, marked by `@@@`; this drops them."""
 
 
 class ProbeSet(Sequence[Probe]):
