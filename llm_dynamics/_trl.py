@@ -6,8 +6,8 @@ Read against TRL 1.16.0 and transformers 5.23.0; each function here has a contra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
@@ -63,11 +63,24 @@ def reference_model(trainer: Trainer) -> Any:
     return getattr(trainer, "ref_model", None)
 
 
-def reference_adapter(model: PeftModel) -> AbstractContextManager[Any]:
-    """Return the context in which a PEFT model is its own reference.
+@contextmanager
+def reference_adapter(model: PeftModel) -> Iterator[None]:
+    """Make a PEFT model its own reference, and leave no trace.
 
-    TRL keeps a copy of a pre-trained adapter under the name "ref" and otherwise turns the adapter off.
+    TRL keeps a copy of a pre-trained adapter under the name "ref" and otherwise turns the adapter off. Turning adapters
+    on again, PEFT makes all their weights trainable, also those that were frozen by intent (LoRA-FA): so the flags are
+    restored one by one.
+
+    Args:
+        model: The PEFT model.
+
+    Yields:
+        None.
     """
-    if "ref" in model.peft_config:
-        return use_adapter(model, adapter_name="ref")
-    return model.disable_adapter()
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            yield
+    finally:
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)

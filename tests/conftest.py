@@ -13,7 +13,7 @@ import torch
 
 from llm_dynamics.demo.tiny import build_tiny_model, build_tiny_tokenizer
 
-torch.set_num_threads(2 if "PYTEST_XDIST_WORKER" not in os.environ else 1)
+torch.set_num_threads(1)  # models so small lose more to waiting for a second thread than they gain
 
 CORPUS = [
     "How long should I boil an egg? About ten minutes in gently boiling water.",

@@ -92,8 +92,8 @@ class ProbeCallback(TrainerCallback):
             raise TypeError(f"trainer must be a transformers or TRL trainer; seen {type(trainer).__name__}")
         if not isinstance(probes, ProbeSet):
             raise TypeError(f"probes must be a ProbeSet (see ProbeSet.from_preference_dataset); seen {type(probes)}")
-        if every < 1:
-            raise ValueError(f"every is {every}; observe every 1, 2, ... optimizer steps")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every is {every!r}; observe every 1, 2, ... optimizer steps")
         if max_overhead is not None and not max_overhead > 0:
             raise ValueError(f"max_overhead is {max_overhead}; give a positive share such as 0.1, or None for no limit")
         if token_budget_mb < 0 or not squeeze_strength > 0:
@@ -124,8 +124,12 @@ class ProbeCallback(TrainerCallback):
         self._share = share_of(self.encoded, trainer.args.process_index, trainer.args.world_size)
         self._autocast = trainer.accelerator.autocast if trainer.accelerator.mixed_precision != "no" else None
         self._split = self._split_model()  # what cannot be scored is refused now, not hours into the run
+        folder = Path(log_folder) if log_folder else Path(trainer.args.output_dir or ".") / schema.FOLDER
+        for other in trainer.callback_handler.callbacks:
+            if isinstance(other, ProbeCallback) and other.log_folder.resolve() == folder.resolve():
+                raise ValueError(f"another ProbeCallback writes to {folder}: give this one its own log_folder=")
         self.recorder = Recorder(
-            Path(log_folder) if log_folder else Path(trainer.args.output_dir or ".") / schema.FOLDER,
+            folder,
             self._table,
             tokens=tokens,
             token_budget_mb=token_budget_mb,
@@ -160,10 +164,10 @@ class ProbeCallback(TrainerCallback):
         self._split = self._split_model()  # the trainer may have wrapped or changed the model since
         if state.is_world_process_zero:
             self.recorder.open(state, describe_run(self, state), every=self.every)
-        opened = (self.recorder.token_probes, self.recorder.start, self.recorder.log.has(state.global_step))
+        opened = (self.recorder.token_probes, self.recorder.start, self.recorder.log.steps()[-1:])
         self._token_probes, self._start, observed = broadcast(opened)
         if observed:
-            self._observed = state.global_step  # the checkpoint's own observation is in the log
+            self._observed = observed[0]  # a resumed run goes on where its log ends
         else:
             self._observe(state)
 

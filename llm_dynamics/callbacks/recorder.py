@@ -85,7 +85,8 @@ class Recorder:
         first: bool,
     ) -> None:
         """Write one observation, and count its time from `begun` (`time.monotonic()`) to the end of writing."""
-        keeps_tokens = bool(len(tokens)) and self.log.table_bytes("tokens") < self._budget_mb * 1e6
+        size = self.log.table_bytes("tokens") + max(self.log.part_bytes("tokens"), default=0)  # with one more part
+        keeps_tokens = bool(len(tokens)) and size <= self._budget_mb * 1e6
         last_row: dict[str, Any] = {}
         for row in state.log_history:
             last_row.update({key: row[key] for key in ("loss", "learning_rate", "grad_norm") if key in row})

@@ -88,7 +88,7 @@ class RunLogWriter:
         for left_by_a_killed_writer in self.folder.rglob(".*.tmp"):
             left_by_a_killed_writer.unlink()
         # What the first run decided stays: which probes keep their tokens, for one.
-        self.meta = {**old, **new}
+        self.meta = {**_before(old, step), **new}
         self.update_meta(created=old.get("created"), resumed_at=[*old.get("resumed_at", []), step])
         return sorted(dropped)
 
@@ -135,7 +135,11 @@ class RunLogWriter:
 
     def table_bytes(self, table: str) -> int:
         """Return the size on disk of all parts of `table`."""
-        return sum(part.stat().st_size for part in (self.folder / table).glob("step_*.parquet"))
+        return sum(self.part_bytes(table))
+
+    def part_bytes(self, table: str) -> list[int]:
+        """Return the sizes on disk of the parts of `table`."""
+        return [part.stat().st_size for part in (self.folder / table).glob("step_*.parquet")]
 
     def update_meta(self, **changes: Any) -> None:
         """Set keys of `meta.json` and write it, atomically."""
@@ -144,6 +148,16 @@ class RunLogWriter:
             self.folder / schema.META_FILE,
             (json.dumps(self.meta, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode(),
         )
+
+
+def _before(meta: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """Return what `meta.json` says of a run up to `step`: what was noted later is about to happen again."""
+    kept = {key: value for key, value in meta.items() if key != "finished_at_step"}
+    if kept.get("tokens_end_at_step", 0) > step:
+        del kept["tokens_end_at_step"]
+    if "skipped_steps" in kept:
+        kept["skipped_steps"] = [skipped for skipped in kept["skipped_steps"] if skipped <= step]
+    return kept
 
 
 def _to_arrow(frame: pd.DataFrame, columns: pa.Schema) -> pa.Table:
