@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 from trl.trainer.utils import use_adapter
 
+from llm_dynamics.likelihood.preserve import keeping_trainable
+
 if TYPE_CHECKING:
     from peft import PeftModel
 
@@ -67,9 +69,7 @@ def reference_model(trainer: Trainer) -> Any:
 def reference_adapter(model: PeftModel) -> Iterator[None]:
     """Make a PEFT model its own reference, and leave no trace.
 
-    TRL keeps a copy of a pre-trained adapter under the name "ref" and otherwise turns the adapter off. Turning adapters
-    on again, PEFT makes all their weights trainable, also those that were frozen by intent (LoRA-FA): so the flags are
-    restored one by one.
+    TRL keeps a copy of a pre-trained adapter under the name "ref" and otherwise turns the adapter off.
 
     Args:
         model: The PEFT model.
@@ -77,10 +77,5 @@ def reference_adapter(model: PeftModel) -> Iterator[None]:
     Yields:
         None.
     """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
-            yield
-    finally:
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
+    with keeping_trainable(model), use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+        yield

@@ -75,18 +75,19 @@ class SplitModel:
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _inputs(self, rows: TokenRows) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"input_ids": rows.ids.to(self.device), "use_cache": False}
+        rows = rows.to(self.device)
+        inputs: dict[str, Any] = {"input_ids": rows.ids, "use_cache": False}
         if self.takes_positions:
             # without them a left-padded row would be scored at shifted positions
-            inputs["position_ids"] = rows.positions.to(self.device)
+            inputs["position_ids"] = rows.positions
         if rows.is_packed:
             weight: Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
             hidden = ~rows.visible()[:, None]  # (B, 1, T, T)
             # additive and finite: understood by eager and SDPA attention alike, and no NaN where a row is all padding
-            mask = torch.zeros(hidden.shape, dtype=weight.dtype).masked_fill_(hidden, torch.finfo(weight.dtype).min)
-            inputs["attention_mask"] = mask.to(self.device)
+            mask = torch.zeros_like(hidden, dtype=weight.dtype)
+            inputs["attention_mask"] = mask.masked_fill_(hidden, torch.finfo(weight.dtype).min)
         else:
-            inputs["attention_mask"] = (rows.segments >= 0).long().to(self.device)
+            inputs["attention_mask"] = (rows.segments >= 0).long()
         return inputs
 
 

@@ -43,6 +43,10 @@ class TokenRows:
     positions: Tensor
     segments: Tensor
 
+    def to(self, device: torch.device) -> TokenRows:
+        """Return the rows on `device`."""
+        return TokenRows(self.ids.to(device), self.positions.to(device), self.segments.to(device))
+
     @property
     def is_packed(self) -> bool:
         """Whether any row holds more than one response."""
@@ -51,7 +55,7 @@ class TokenRows:
     def visible(self) -> Tensor:
         """Which tokens (last axis) each token attends to: itself and those before it in its own sequence, (B, T, T)."""
         query, key = self.segments[:, :, None], self.segments[:, None, :]
-        order = torch.arange(self.ids.shape[1])
+        order = torch.arange(self.ids.shape[1], device=self.ids.device)
         return (order[:, None] >= order[None, :]) & (key >= 0) & ((key == 0) | (key == query))
 
 

@@ -10,6 +10,26 @@ from torch import nn
 
 
 @contextmanager
+def keeping_trainable(model: nn.Module) -> Iterator[None]:
+    """Restore `requires_grad` of every parameter of `model` at the end.
+
+    Turning adapters on again, PEFT makes all their weights trainable, also those frozen by intent (LoRA-FA).
+
+    Args:
+        model: The model, usually a PEFT model around `disable_adapter`.
+
+    Yields:
+        None.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put `model` in evaluation mode under `no_grad`, and leave no trace.
 

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from llm_dynamics.likelihood.head import SplitModel, split_model
 from llm_dynamics.likelihood.packing import Row, TokenizedResponse, batches, lay_out, pack
-from llm_dynamics.likelihood.preserve import evaluating
+from llm_dynamics.likelihood.preserve import evaluating, keeping_trainable
 from llm_dynamics.likelihood.squeezing import SqueezingStats, squeezing_stats
 
 Autocast = Callable[[], AbstractContextManager[object]]
@@ -89,6 +90,7 @@ def score_responses(
     padding_side: str = "right",
     share_prompts: bool = True,
     squeeze_strength: float = 1.0,
+    reference: nn.Module | Literal["adapter_off"] | None = None,
     autocast: Autocast | None = None,
     split: SplitModel | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -110,6 +112,8 @@ def score_responses(
             where the model is seen to allow it; saves most of the forward when many families share a prompt. The
             numbers do not depend on it.
         squeeze_strength: e of the negative step in `squeezing_stats`.
+        reference: Model whose label log-probs stand beside (`ref_logp`): another model, or "adapter_off" for a PEFT
+            model without its adapter. None: none.
         autocast: Makes the context of the forwards, such as `trainer.accelerator.autocast`; log-softmax is outside it.
             None: the weights' own precision.
         split: The model's halves from `split_model`, to save the check on repeated calls.
@@ -127,6 +131,11 @@ def score_responses(
         >>> scores = score_responses(model, encode_probes(probes, tokenizer))  # doctest: +SKIP
         >>> scores.logp_sum  # nats per response  # doctest: +SKIP
     """
+    if reference is not None and not isinstance(reference, nn.Module):
+        if reference != "adapter_off":
+            raise ValueError(f'reference is {reference!r}; allowed: a model, "adapter_off", None')
+        if not hasattr(model, "disable_adapter"):
+            raise ValueError(f'reference="adapter_off" needs a PEFT model; seen {type(model).__name__}')
     columns = _score(
         model,
         responses,
@@ -139,7 +148,15 @@ def score_responses(
         split=split,
         on_progress=on_progress,
     )
-    return ResponseScores(torch.tensor([len(r.response_ids) for r in responses]), _unflatten(columns))
+    ref_logp = None
+    if reference is not None:
+        options: dict[str, Any] = {"batch_tokens": batch_tokens, "chunk": chunk, "autocast": autocast}
+        if isinstance(reference, nn.Module):
+            ref_logp = score_logps(reference, responses, **options)
+        else:
+            with keeping_trainable(model), model.disable_adapter():  # type: ignore[operator]
+                ref_logp = score_logps(model, responses, **options)
+    return ResponseScores(torch.tensor([len(r.response_ids) for r in responses]), _unflatten(columns), ref_logp)
 
 
 def score_logps(

@@ -176,6 +176,9 @@ def test_adapters_and_trls_fused_head_are_scored_as_they_generate():
     with adapted.disable_adapter():
         expected = score_responses(adapted, responses).tokens.logp
     assert torch.equal(base, expected)
+    beside = score_responses(adapted, responses, reference="adapter_off").ref_logp
+    assert torch.equal(beside, base)
+    assert torch.equal(score_responses(adapted, responses, reference=adapted).ref_logp, scores.tokens.logp)
     assert not torch.allclose(base, scores.tokens.logp, atol=1e-3)
 
 
@@ -281,6 +284,8 @@ def row(prompt, response):
         ([row((1,), (2,))], {"batch_tokens": 0}, "batch_tokens"),
         ([row((1,), (2,))], {"padding_side": "top"}, 'allowed: "left", "right"'),
         ([row((1,), (2,))], {"squeeze_strength": -1.0}, "strength > 0"),
+        ([row((1,), (2,))], {"reference": "base"}, "allowed: a model"),
+        ([row((1,), (2,))], {"reference": "adapter_off"}, "needs a PEFT model"),
     ],
 )
 def test_bad_input_is_named(responses, options, message):
