@@ -2,6 +2,7 @@
 
     python analysis/cost_of_watching.py                    # SmolLM2-135M-Instruct, CPU, about 10 minutes
     python analysis/cost_of_watching.py --device cuda --dtype bfloat16
+    python analysis/cost_of_watching.py --hh hh_helpful_probes_train.jsonl --prompts 4    # long prompts and responses
     python analysis/cost_of_watching.py --quick            # a tiny model, seconds: checks that the script runs
 
 Three questions, each a table of ratios within one run (absolute seconds depend on the machine and its neighbours):
@@ -25,6 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -44,7 +46,7 @@ from llm_dynamics.demo.smollm2 import load_smollm2
 from llm_dynamics.demo.tiny import build_tiny_model, build_tiny_tokenizer
 from llm_dynamics.likelihood import split_model
 from llm_dynamics.likelihood.scoring import DEFAULT_BATCH_TOKENS
-from llm_dynamics.probes import EncodedProbe, ProbeSet
+from llm_dynamics.probes import HH_COLUMNS, EncodedProbe, ProbeSet
 
 console = Console(width=110)
 
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=6, help="prompts watched, twelve families each")
     parser.add_argument("--steps", type=int, default=50, help="DPO steps of the third table; 0 leaves it out")
+    parser.add_argument("--hh", type=Path, help="probe file released with the paper, in place of the demo's probes")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -68,7 +71,11 @@ def main() -> None:
     else:
         model, tokenizer = load_smollm2()
     model = model.to(options.device, getattr(torch, options.dtype))
-    probes = build_demo_probes(tokenizer, type(FULL)(prompts=options.prompts))
+    if options.hh:
+        columns = {name: column for name, column in HH_COLUMNS.items() if name != "chosen_selfr"}  # mostly broken there
+        probes = ProbeSet.from_jsonl(options.hh, columns=columns, n_prompts=options.prompts)
+    else:
+        probes = build_demo_probes(tokenizer, replace(FULL, prompts=options.prompts))
     encoded = encode_probes(probes, tokenizer)
     families = {
         family: [e for e, p in zip(encoded, probes, strict=True) if p.family == family] for family in probes.families

@@ -14,13 +14,12 @@ import pandas as pd
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llm_dynamics.probes import rows, storage, tables
-from llm_dynamics.probes.build import BuildOptions, build_probes, check_join, collect_probes, read_candidates
-from llm_dynamics.probes.builders import Source, build_family, pairs_of
-from llm_dynamics.probes.families import FAMILY_ORDER, check_families, stable_hash
+from llm_dynamics.probes import change, rows, storage, tables
+from llm_dynamics.probes.build import BuildOptions, build_probes
+from llm_dynamics.probes.families import check_families
 from llm_dynamics.probes.probe import DroppedProbe, Probe, prompt_identity
 from llm_dynamics.probes.rephrase import Rephraser
-from llm_dynamics.probes.rows import NOT_GIVEN, Columns, DropIf, Missing, Row, Rows
+from llm_dynamics.probes.rows import Columns, DropIf, Rows
 
 
 class ProbeSet(Sequence[Probe]):
@@ -317,42 +316,8 @@ class ProbeSet(Sequence[Probe]):
         Raises:
             ValueError: If a family or prompt is not in the set, there are fewer prompts than asked, or none is left.
         """
-        kept_families = self.families if families is None else check_families(families)
-        absent = [family for family in kept_families if family not in self.families]
-        if absent:
-            raise ValueError(f"No probe of family {', '.join(map(repr, absent))} here; there are: {self.families}.")
-        wanted = self.prompt_ids if prompt_ids is None else tuple(prompt_ids)
-        unknown = [name for name in wanted if name not in set(self.prompt_ids)]
-        if unknown:
-            raise ValueError(
-                f"No prompt {unknown[:3]} here; ids go from {self.prompt_ids[0]} to {self.prompt_ids[-1]}."
-            )
-        if n_prompts is not None:
-            if not 1 <= n_prompts <= len(wanted):
-                raise ValueError(f"n_prompts is {n_prompts} and there are {len(wanted)} prompts; ask for 1 to all.")
-            seed = self._metadata.get("seed", 0) if seed is None else seed
-            identity = {probe.prompt_id: prompt_identity(probe.prompt) for probe in self._probes}
-            wanted = tuple(
-                sorted(wanted, key=lambda name: (stable_hash(seed, "select", identity[name]), name))[:n_prompts]
-            )
-        kept = set(wanted)
-        probes = [probe for probe in self._probes if probe.family in kept_families and probe.prompt_id in kept]
-        if not probes:
-            raise ValueError("No probe is left: these prompts have no response of these families.")
-        # What was dropped is known by its source row alone; that of rows with no probe left at all is kept.
-        others = {probe.source_row for probe in self._probes} - {probe.source_row for probe in probes}
-        dropped = [
-            item
-            for item in self._dropped
-            if (families is None or item.family in kept_families) and item.source_row not in others
-        ]
-        made_by = {
-            name: how
-            for name, how in self._metadata.get("families", {}).items()
-            if families is None or name in kept_families
-        }
-        metadata = {**self._metadata, "families": made_by}
-        return ProbeSet(probes, dropped=dropped, metadata=metadata)
+        parts = change.select_probes(self, families=families, prompt_ids=prompt_ids, n_prompts=n_prompts, seed=seed)
+        return self._built(parts)
 
     def add_family(
         self,
@@ -387,59 +352,16 @@ class ProbeSet(Sequence[Probe]):
         Raises:
             ValueError: If the family is unknown, already there, or what it needs is missing.
         """
-        check_families((name,))
-        if name in self.families:
-            raise ValueError(f"Family {name!r} is already in the set; leave it out first with `select(families=...)`.")
-        seed = self._metadata.get("seed", 0) if seed is None else seed
-        join = self._metadata.get("join", "reference") if join is None else join
-        check_join(join, (*self.families, name))
-        own = self._rows()
-        made_by: dict[str, Any] = {"made_by": "given to add_family"}
-        if responses is None:
-            extra = [] if training_rows is None else read_candidates(training_rows, what="training_rows")
-            means = Source(
-                own,
-                training=pairs_of([*own, *extra]),
-                held_out=None if held_out is None else pairs_of(read_candidates(held_out, what="held_out")),
-                seed=seed,
-                tokenizer=tokenizer,
-                rephraser=rephraser,
-            )
-            made_by = build_family(name, means)
-        else:
-            self._give(own, name, responses)
-        added, dropped = collect_probes(own, (name,), join=join, drop_if=drop_if)
-        families = {**self._metadata.get("families", {}), name: {**made_by, "seed": seed, "join": join}}
-        order = {prompt_id: index for index, prompt_id in enumerate(self._prompt_ids)}
-        probes = sorted(
-            (*self._probes, *added), key=lambda probe: (order[probe.prompt_id], FAMILY_ORDER.index(probe.family))
+        parts = change.add_family(
+            self,
+            name,
+            responses=responses,
+            training_rows=training_rows,
+            held_out=held_out,
+            tokenizer=tokenizer,
+            rephraser=rephraser,
+            seed=seed,
+            join=join,
+            drop_if=drop_if,
         )
-        return ProbeSet(probes, dropped=(*self._dropped, *dropped), metadata={**self._metadata, "families": families})
-
-    def _rows(self) -> list[Row]:
-        """Return the set as rows, one per prompt."""
-        by_prompt: dict[str, Row] = {}
-        for probe in self._probes:
-            row = by_prompt.setdefault(probe.prompt_id, Row(probe.prompt_id, probe.source_row, probe.prompt))
-            row.texts.setdefault(probe.family, []).append(probe.response)
-        return list(by_prompt.values())
-
-    def _give(self, own_rows: Sequence[Row], name: str, responses: Mapping[str, Any] | Sequence[Any]) -> None:
-        """Put given responses into the rows.
-
-        Raises:
-            ValueError: If they do not match the prompts.
-        """
-        if isinstance(responses, str):
-            raise ValueError("responses is one text; give one per prompt, or a mapping from prompt_id.")
-        if not isinstance(responses, Mapping):
-            if len(responses) != len(own_rows):
-                raise ValueError(f"{len(responses)} responses for {len(own_rows)} prompts; give one per prompt.")
-            responses = dict(zip(self.prompt_ids, responses, strict=True))
-        unknown = [key for key in responses if key not in set(self.prompt_ids)]
-        if unknown:
-            raise ValueError(f"responses names prompts that are not in the set: {unknown[:3]}.")
-        for row in own_rows:
-            row.texts[name] = rows.read_responses(
-                responses.get(row.prompt_id), f"responses for {row.prompt_id}", chat=not isinstance(row.prompt, str)
-            ) or [Missing(NOT_GIVEN)]
+        return self._built(parts)
