@@ -1,0 +1,27 @@
+"""The scripts of `analysis/` run to their end on a tiny model; their numbers come from real ones."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script, *arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "analysis" / script, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_cost_of_watching_prints_its_three_tables():
+    done = run("cost_of_watching.py", "--quick", "--steps", "2", "--prompts", "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for part in ("One observation", "prompts not shared", "naive, one pass per family", "A DPO run"):
+        assert part in done.stdout
