@@ -6,6 +6,7 @@ Read against TRL 1.16.0 and transformers 5.23.0; each function here has a contra
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,12 @@ def log_row(trainer: Trainer, metrics: Mapping[str, float]) -> None:
 def chat_template(trainer: Trainer) -> str | None:
     """Return the chat template that an `SFTTrainer` swaps in for `assistant_only_loss`, or None for the tokenizer's."""
     return getattr(trainer, "chat_template", None)
+
+
+def chat_template_kwargs(trainer: Trainer) -> dict[str, Any]:
+    """Return what a GRPO or RLOO trainer passes to the chat template, such as `enable_thinking`; empty elsewhere."""
+    given = getattr(trainer.args, "chat_template_kwargs", None) or {}
+    return dict(json.loads(given) if isinstance(given, str) else given)
 
 
 def reference_model(trainer: Trainer) -> Any:

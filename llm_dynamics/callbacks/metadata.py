@@ -38,6 +38,7 @@ def describe_run(callback: ProbeCallback, state: TrainerState) -> dict[str, Any]
         "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
         "model_class": type(model).__name__,
         "adapter": type(wrapped).__name__ if wrapped is not model else None,
+        "adapter_config": _adapter_config(wrapped),
         "n_parameters": sum(p.numel() for p in parameters),
         "n_trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "dtype": str(next(iter(parameters)).dtype).removeprefix("torch."),
@@ -52,6 +53,7 @@ def describe_run(callback: ProbeCallback, state: TrainerState) -> dict[str, Any]
         "squeeze_strength": callback.squeeze_strength,
         "reference": callback.reference,
         "truncation": {"max_length": callback.truncation.max_length, "mode": callback.truncation.mode},
+        "chat_template_kwargs": _plain(callback.chat_template_kwargs),
         "n_truncated": callback.encoded.n_truncated,
         "boundary_merges": callback.encoded.boundary_merges,
         "n_probes": len(callback.encoded),
@@ -62,6 +64,18 @@ def describe_run(callback: ProbeCallback, state: TrainerState) -> dict[str, Any]
             *({"source_row": d.source_row, "family": d.family, "reason": d.reason} for d in callback.probes.dropped),
             *({"probe_id": probe_id, "reason": reason} for probe_id, reason in callback.encoded.dropped),
         ],
+    }
+
+
+def _adapter_config(model: Any) -> dict[str, Any] | None:
+    """Return what the active PEFT adapter was configured with: its non-empty settings."""
+    if not hasattr(model, "peft_config"):
+        return None
+    settings = model.peft_config[model.active_adapter].to_dict()
+    return {
+        name: sorted(map(str, value)) if isinstance(value, set) else _plain(value)
+        for name, value in settings.items()
+        if value not in (None, {}, [], "")
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_dynamics import _trl
 from llm_dynamics.callbacks.metadata import describe_run
@@ -42,8 +42,8 @@ class ProbeCallback(TrainerCallback):
     Watching changes nothing: weights, losses, random state and module modes are those of the run without it, bit for
     bit. Each observation goes to the run log, `<output_dir>/dynamics`, and its family means into the trainer's own log
     rows (`probe/<family>_logp`, `probe/<family>_delta`, `probe/argmax_logp`, `probe/margin`,
-    `squeeze/<family>_<statistic>`, `dynamics/overhead`), next to the loss. The observation before the first step has a
-    row of its own, at step 0.
+    `squeeze/<family>_<statistic>`, `dynamics/overhead`): next to the loss where the trainer logs the observed step,
+    else in a row of their own at that step.
 
     Works with `SFTTrainer`, `DPOTrainer`, `KTOTrainer`, `GRPOTrainer`, `RLOOTrainer` and a plain `Trainer` with a
     causal LM; on several data-parallel processes, each scores a share of the probes.
@@ -116,8 +116,13 @@ class ProbeCallback(TrainerCallback):
         )
         tokenizer: Any = trainer.processing_class  # a processor, as of a vision model, is refused by encode_probes
         self._tokenizer = tokenizer
+        self.chat_template_kwargs = _trl.chat_template_kwargs(trainer)
         self.encoded = encode_probes(
-            probes, self._tokenizer, truncation=self.truncation, chat_template=_trl.chat_template(trainer)
+            probes,
+            self._tokenizer,
+            truncation=self.truncation,
+            chat_template=_trl.chat_template(trainer),
+            chat_template_kwargs=self.chat_template_kwargs,
         )
         self.probes = probes
         self._table = probe_table(probes, self.encoded)
@@ -169,13 +174,13 @@ class ProbeCallback(TrainerCallback):
         if observed:
             self._observed = observed[0]  # a resumed run goes on where its log ends
         else:
-            self._observe(state)
+            self._observe(state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Observe every `every` steps, and after the last."""
         last = state.global_step >= state.max_steps > 0
         if last or (state.global_step % self.every == 0 and self._affordable(state)):
-            self._observe(state)
+            self._observe(state, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -189,7 +194,7 @@ class ProbeCallback(TrainerCallback):
                     state.global_step,
                 )
             else:
-                self._observe(state, own_row=True)
+                self._observe(state, control)
         if state.is_world_process_zero:
             self.recorder.log.update_meta(finished_at_step=state.global_step)
 
@@ -203,7 +208,7 @@ class ProbeCallback(TrainerCallback):
             self.recorder.skip(state.global_step, self.max_overhead)
         return affordable
 
-    def _observe(self, state: TrainerState, *, own_row: bool = False) -> None:
+    def _observe(self, state: TrainerState, control: TrainerControl) -> None:
         begun = time.monotonic()
         first = self._observed is None
         self._observed = state.global_step
@@ -224,7 +229,10 @@ class ProbeCallback(TrainerCallback):
         if not first:
             metrics["dynamics/overhead"] = self.clock.overhead
         metrics = finite_only(broadcast(metrics))
-        if first or own_row or not _trl.add_to_next_row(self.trainer, metrics):
+        if self.trainer.args.logging_strategy == IntervalStrategy.NO:
+            return
+        # beside the loss where this very step has a row; else in a row of its own, so that it stands at its step
+        if not (control.should_log and _trl.add_to_next_row(self.trainer, metrics)):
             _trl.log_row(self.trainer, metrics)
 
     def _score(self, state: TrainerState) -> tuple[pd.DataFrame, pd.DataFrame]:

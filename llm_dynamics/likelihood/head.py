@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_dynamics.likelihood.packing import TokenRows, single_row
+from llm_dynamics.likelihood.packing import SHARED_ROW_TOKENS, TokenRows, single_row
 
 logger = logging.getLogger(__name__)
 
+_HEAD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.01, torch.float16: 0.002}
 _CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
@@ -34,7 +35,8 @@ class SplitModel:
         softcap: Cap c of `c tanh(z / c)`, or None.
         takes_positions: Whether the model accepts `position_ids`.
         shares_prompts: Whether several responses can stand behind one copy of their prompt in a row, kept apart by a
-            four-dimensional attention mask; checked on a short input.
+            four-dimensional attention mask; checked on a row of the width in use.
+        rope_limit: Longest sequence whose rotary frequencies do not depend on its length; None: all.
     """
 
     model: nn.Module
@@ -43,6 +45,7 @@ class SplitModel:
     softcap: float | None
     takes_positions: bool
     shares_prompts: bool = False
+    rope_limit: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -144,20 +147,21 @@ def split_model(model: nn.Module) -> SplitModel:
     scale, softcap = _logit_rule(text_config)
     backbone = getattr(base, "base_model", None)
     takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
-    split = SplitModel(base, None if backbone is base else backbone, scale, softcap, takes_positions)
+    limit = _rope_limit(text_config)
+    split = SplitModel(base, None if backbone is base else backbone, scale, softcap, takes_positions, rope_limit=limit)
     if split.backbone is None or not _reproduces_logits(split):
         logger.warning(
             "%s post-processes its logits in a way that llm_dynamics does not know: scoring runs its whole forward, "
             "one sequence at a time (slower; the numbers are the model's own)",
             type(base).__name__,
         )
-        return SplitModel(base, None, 1.0, None, takes_positions)
+        return SplitModel(base, None, 1.0, None, takes_positions, rope_limit=limit)
     return replace(split, shares_prompts=_keeps_responses_apart(split, text_config))
 
 
 def _logit_rule(config: Any) -> tuple[float, float | None]:
     """Return (scale, softcap) from the names that the architectures use; the check catches what this misses."""
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale = getattr(config, name, None)
         if scale is not None:
@@ -168,6 +172,19 @@ def _logit_rule(config: Any) -> tuple[float, float | None]:
     return 1.0, softcap
 
 
+def _rope_limit(config: Any) -> int | None:
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = (
+        [given] if {"rope_type", "type"} & given.keys() else [kind for kind in given.values() if isinstance(kind, dict)]
+    )
+    for kind in kinds:
+        if kind.get("rope_type", kind.get("type")) in ("dynamic", "longrope", "su"):
+            limits = (kind, "original_max_position_embeddings"), (vars(config), "original_max_position_embeddings")
+            named = [int(where[name]) for where, name in limits if where.get(name)]
+            return min([*named, int(config.max_position_embeddings)])
+    return None
+
+
 def _reproduces_logits(split: SplitModel) -> bool:
     rows = single_row([i % split.vocab_size for i in range(1, 5)])  # any tokens do
     try:
@@ -176,23 +193,31 @@ def _reproduces_logits(split: SplitModel) -> bool:
         logger.debug("no usable split of %s: %s", type(split.model).__name__, error)
         return False
     theirs = split.logits(rows)[0]
-    return ours.shape == theirs.shape and _close(ours, theirs, split)
+    if ours.shape != theirs.shape:
+        return False
+    # the same products of the same numbers: they may differ by rounding, relative to the largest logit, and no more
+    ours, theirs = ours.double(), theirs.to(ours.device).double()
+    tolerance = _HEAD_TOLERANCE.get(_precision(split), 0.01) * theirs.abs().max()
+    return bool(((ours - theirs).abs() <= tolerance).all())
 
 
 def _keeps_responses_apart(split: SplitModel, config: Any) -> bool:
     """Check that two responses behind one prompt are scored as if each stood there alone."""
     if not split.takes_positions or _limits_attention(config):
         return False
-    prompt, first, second = ([i % split.vocab_size for i in ids] for ids in ([1, 2, 3], [4, 5], [6, 7, 8]))
+    # as wide as shared rows get: a window that counts columns of the row rather than positions must show
+    tokens = [(7 * i) % (split.vocab_size - 1) + 1 for i in range(SHARED_ROW_TOKENS)]
+    prompt, *responses = (tokens[i : i + 8] for i in range(0, SHARED_ROW_TOKENS, 8))
     try:
-        packed = split.hidden_states(single_row(prompt, first, second))[0]
+        packed = split.hidden_states(single_row(prompt, *responses))[0]
     except Exception as error:  # an attention kernel without such masks may fail in any way
         logger.debug("%s does not take four-dimensional masks: %s", type(split.model).__name__, error)
         return False
-    alone = [split.hidden_states(single_row(prompt, response))[0] for response in (first, second)]
-    return _close(split.head(packed[:5]), split.head(alone[0]), split) and _close(
-        split.head(packed[5:]), split.head(alone[1][3:]), split
-    )
+    for k in (1, len(responses)):
+        alone = split.hidden_states(single_row(prompt, responses[k - 1]))[0, 8:]
+        if not _close(split.head(packed[8 * k : 8 * k + 8]), split.head(alone), split):
+            return False
+    return True
 
 
 def _limits_attention(config: Any) -> bool:
@@ -200,14 +225,18 @@ def _limits_attention(config: Any) -> bool:
     kinds = set(getattr(config, "layer_types", None) or [])
     if kinds:
         return bool(kinds - {"full_attention"})
-    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    names = ("sliding_window", "attention_chunk_size", "window_size", "keep_window_size", "attention_types")
+    windows = (getattr(config, name, None) for name in names)
     return any(window is not None for window in windows)
+
+
+def _precision(split: SplitModel) -> torch.dtype:
+    weight: Tensor = split.model.get_output_embeddings().weight  # type: ignore[operator]
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def _close(ours: Tensor, theirs: Tensor, split: SplitModel) -> bool:
     ours, theirs = ours.double().log_softmax(-1), theirs.to(ours.device).double().log_softmax(-1)
-    weight: Tensor = split.model.get_output_embeddings().weight  # type: ignore[operator]
-    kind = weight.device.type
-    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    tolerance = _CHECK_TOLERANCE.get(precision, 0.1)
+    tolerance = _CHECK_TOLERANCE.get(_precision(split), 0.1)
     return bool(torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance, equal_nan=True))

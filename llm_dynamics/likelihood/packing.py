@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 SHARED_ROW_TOKENS = 512
-"""Widest row that several responses share, unless the prompt itself is long."""
+"""Widest row that several responses share: what `split_model` checks; wider rows would cost more attention, too."""
 
 
 class TokenizedResponse(Protocol):
@@ -88,12 +88,10 @@ def pack(responses: Sequence[TokenizedResponse], *, share: bool) -> list[Row]:
         groups.setdefault(tuple(r.prompt_ids), []).append(i)
     rows = []
     for prompt, members in groups.items():
-        # attention costs grow with the square of the width: past this, one more copy of the prompt is cheaper
-        limit = max(SHARED_ROW_TOKENS, 2 * len(prompt))
         width, row = len(prompt), list[int]()
         for i in sorted(members, key=lambda i: (-len(responses[i].response_ids), i)):
             size = len(responses[i].response_ids)
-            if row and width + size > limit:
+            if row and width + size > SHARED_ROW_TOKENS:
                 rows.append(Row(width, tuple(row)))
                 width, row = len(prompt), []
             width += size

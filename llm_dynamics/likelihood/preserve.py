@@ -30,6 +30,37 @@ def keeping_trainable(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def keeping_rope(model: nn.Module) -> Iterator[None]:
+    """Restore what rotary embeddings remember of the longest sequence seen.
+
+    Dynamic-NTK and longrope embeddings keep frequencies between forwards, and a long sequence changes them for all that
+    follow: a probe must not reach the training batches in this way, nor the probes after it.
+
+    Args:
+        model: The model.
+
+    Yields:
+        None.
+    """
+    kept = []
+    for module in model.modules():
+        if any("max_seq_len_cached" in name for name in vars(module)):
+            plain = {
+                name: value for name, value in vars(module).items() if isinstance(value, int | float | torch.Tensor)
+            }
+            buffers = {name: (buffer, buffer.clone()) for name, buffer in module.named_buffers(recurse=False)}
+            kept.append((module, plain, buffers))
+    try:
+        yield
+    finally:
+        for module, plain, buffers in kept:
+            for name, value in plain.items():
+                setattr(module, name, value)
+            for name, (buffer, content) in buffers.items():
+                setattr(module, name, buffer.copy_(content))  # some are written in place, some are replaced
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put `model` in evaluation mode under `no_grad`, and leave no trace.
 
@@ -46,7 +77,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), keeping_rope(model):
         try:
             for module, _ in flags:
                 module.training = False

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llm_dynamics.likelihood.head import SplitModel, split_model
 from llm_dynamics.likelihood.packing import Row, TokenizedResponse, batches, lay_out, pack
-from llm_dynamics.likelihood.preserve import evaluating, keeping_trainable
+from llm_dynamics.likelihood.preserve import evaluating, keeping_rope, keeping_trainable
 from llm_dynamics.likelihood.squeezing import SqueezingStats, squeezing_stats
 
 Autocast = Callable[[], AbstractContextManager[object]]
@@ -215,9 +215,13 @@ def _score(
     with evaluating(model):
         split = split or split_model(model)
         _check_ids(responses, split.vocab_size)
-        rows = pack(responses, share=share_prompts and split.shares_prompts)
-        for batch in batches(rows, batch_tokens, alone=split.backbone is None):
-            states, labels = _response_states(split, responses, batch, padding_side, autocast)
+        longest = max(len(r.prompt_ids) + len(r.response_ids) for r in responses)
+        # past the limit, one sequence would change the rotary frequencies of all others in its forward, and after it
+        own_rope = split.rope_limit is not None and longest > split.rope_limit
+        rows = pack(responses, share=share_prompts and split.shares_prompts and not own_rope)
+        for batch in batches(rows, batch_tokens, alone=split.backbone is None or own_rope):
+            with keeping_rope(split.model) if own_rope else nullcontext():
+                states, labels = _response_states(split, responses, batch, padding_side, autocast)
             for block, ids in zip(states.split(chunk), labels.split(chunk), strict=True):
                 logits = _logits(split, block, autocast)
                 rows_at_once = STATISTICS_ROWS_ON_CPU if logits.device.type == "cpu" else chunk

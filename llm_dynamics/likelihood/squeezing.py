@@ -70,19 +70,24 @@ def squeezing_stats(logp: Tensor, labels: Tensor, *, strength: float = 1.0) -> S
     p = logp.exp()
     p_label = p.gather(1, column)[:, 0]
     collision = torch.linalg.vecdot(p, p)
-    tau0 = collision - p_label
 
-    # tau = log(1 + sum_j p_j (exp(e (p_j - 1[j=y])) - 1)) / e: expm1 and log1p keep it exact for small e
-    growth = torch.linalg.vecdot(p, (strength * p).expm1_())
-    growth += p_label * ((strength * (p_label - 1)).expm1() - (strength * p_label).expm1())
-    tau = growth.log1p() / strength
+    others = logp.scatter(1, column, -torch.inf)  # the label can be neither y* nor a riser
+    other_id = others.argmax(dim=1)
+    star = other_id[:, None]
+    p_other = p.gather(1, star)[:, 0]
+    log1m_p_other = others.scatter_(1, star, -torch.inf).logsumexp(dim=1).logaddexp(logp.gather(1, column)[:, 0])
 
-    others = p.scatter(1, column, -1.0)  # the label can be neither y* nor a riser
-    p_other, other_id = others.max(dim=1)
-    rises = others > tau[:, None].clamp(min=0)  # p_i = 0 stays 0 whatever tau
-    riser_count = rises.sum(dim=1)
-    riser_mass = torch.linalg.vecdot(p, rises.to(p.dtype))
-    remaining = others.scatter_(1, column, p_label[:, None]).scatter_(1, other_id[:, None], 0.0).sum(dim=1)
+    # p(y*) - tau = -log(1 + sum_{j != y*} p_j (exp(e (p_j - 1[j=y] - p(y*))) - 1)) / e: both may round to one, their
+    # difference must not; no exponent is positive, so that a large e is harmless
+    p = p.scatter_(1, column, 0.0)
+    growth = torch.linalg.vecdot(p, (strength * (p - p_other[:, None])).expm1_())
+    growth += p_label * (strength * (p_label - 1 - p_other)).expm1()
+    above = -growth.log1p() / strength
+    tau = p_other - above
+
+    rises = (p.scatter(1, star, 0.0) > tau[:, None].clamp(min=0)).to(p.dtype)  # p_i = 0 stays 0 whatever tau
+    riser_count = 1 + rises.sum(dim=1).long()  # y* always rises
+    riser_mass = p_other + torch.linalg.vecdot(p, rises)
 
     broken = collision.isnan()
     nan = torch.full_like(collision, torch.nan)
@@ -90,11 +95,11 @@ def squeezing_stats(logp: Tensor, labels: Tensor, *, strength: float = 1.0) -> S
         p_label=p_label,
         other_id=other_id.masked_fill(broken, -1),
         p_other=torch.where(broken, nan, p_other),
-        log1m_p_other=remaining.log(),
+        log1m_p_other=torch.where(broken, nan, log1m_p_other),
         collision=collision,
-        tau0=tau0,
+        tau0=collision - p_label,
         tau=tau,
         riser_count=riser_count.masked_fill(broken, -1),
         riser_mass=torch.where(broken, nan, riser_mass),
-        moved_to_other=p_other * (strength * (p_other - tau)).expm1(),
+        moved_to_other=p_other * (strength * above).expm1(),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from trl import extract_prompt
 
 from llm_dynamics.probes.families import stable_hash
 from llm_dynamics.probes.probe import Prompt, prompt_identity
+
+logger = logging.getLogger(__name__)
 
 Rows: TypeAlias = "Dataset | pd.DataFrame | Iterable[Mapping[str, Any]]"
 Columns: TypeAlias = Mapping[str, str | Sequence[str]]
@@ -113,6 +116,13 @@ def preference_records(rows: Rows, *, prompt: str, columns: Columns, what: str =
         raise ValueError(
             missing_column(prompt, records, what, f"without it, {names[0]!r} and {names[1]!r} must both be there")
         )
+    logger.warning(
+        "no column %r in %s (seen: %s): the common beginning of %r and %r is taken as the prompt, as DPOTrainer does",
+        prompt,
+        what,
+        ", ".join(map(str, records[0])),
+        *names,
+    )
     chosen, rejected = names
     extracted: list[Mapping[str, Any]] = []
     for index, record in enumerate(records):
@@ -122,6 +132,10 @@ def preference_records(rows: Rows, *, prompt: str, columns: Columns, what: str =
                 f"Remove the row, or give a {prompt!r} column."
             )
         parts = extract_prompt({"chosen": record[chosen], "rejected": record[rejected]})  # type: ignore[index]
+        if isinstance(parts["prompt"], str) and not parts["prompt"].strip():
+            raise ValueError(
+                missing_column(prompt, records, what, f"{chosen!r} and {rejected!r} of row {index} share no beginning")
+            )
         extracted.append({**record, prompt: parts["prompt"], chosen: parts["chosen"], rejected: parts["rejected"]})  # type: ignore[dict-item]
     return extracted
 

@@ -152,7 +152,7 @@
       const range = extent(Object.values(report.squeezing).flatMap((run) => run[column]));
       const traces = report.squeezing[element.dataset.squeezing][column];
       draw(element, traces.map((trace) => painted(trace, trace.meta.family)), {
-        margin: { l: 44, r: 8, t: 6, b: 24 }, font: { family: css("--sans"), size: 11, color: css("--muted") },
+        margin: { l: 58, r: 8, t: 6, b: 24 }, font: { family: css("--sans"), size: 11, color: css("--muted") },
         xaxis: { nticks: 5, range: extent(traces, "x") }, yaxis: { range, nticks: 5 },
       });
     }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_dynamics.report.families import ARGMAX
-from llm_dynamics.report.summary import family_curves, what_moved
+from llm_dynamics.report.summary import family_curves, margin_path, what_moved
 from llm_dynamics.report.text import nats
 from llm_dynamics.runlog import RunLog
 
@@ -55,7 +55,7 @@ def reading(run: RunLog) -> list[Statement]:
     moved = {str(row["family"]): row for row in rows if math.isfinite(row["delta"])}
     trainer = str(run.meta.get("trainer", ""))
     if "DPO" in trainer and {"chosen", "rejected"} <= moved.keys():
-        said = [_falls_fastest(moved), _most_fall(moved), _argmax_rises(moved), _displacement(moved)]
+        said = [_falls_fastest(moved), _most_fall(moved), _argmax_rises(moved), _displacement(moved, margin_path(run))]
     elif "SFT" in trainer:
         said = [
             _moves(moved, "chosen", up=True, claim="chosen rises"),
@@ -79,7 +79,9 @@ def _falls_fastest(moved: _Moved) -> Statement:
     if faster:
         named = ", ".join(f"{row['family']} {_rate(row)}" for row in faster)
         return Statement(claim, False, f"{evidence}; faster: {named}")
-    return Statement(claim, True, evidence + (f"; next: {others[0]['family']} {_rate(others[0])}" if others else ""))
+    return Statement(
+        claim, True, evidence + (f"; next lowest: {others[0]['family']} {_rate(others[0])}" if others else "")
+    )
 
 
 def _most_fall(moved: _Moved) -> Statement | None:
@@ -99,9 +101,9 @@ def _argmax_rises(moved: _Moved) -> Statement | None:
     return _moves(moved, ARGMAX, up=True, claim=f"argmax rises: the greedy tokens along {prefix} gain")
 
 
-def _displacement(moved: _Moved) -> Statement:
-    chosen, rejected = moved["chosen"], moved["rejected"]
-    before, after = chosen["start"] - rejected["start"], chosen["end"] - rejected["end"]
+def _displacement(moved: _Moved, margins: tuple[float, float]) -> Statement:
+    chosen = moved["chosen"]
+    before, after = margins
     holds = bool(chosen["delta"] < 0 and after > before)
     evidence = f"chosen {_path(chosen)}; margin chosen − rejected {_nats(before, unit=False)} → {_nats(after)}"
     if chosen["delta"] >= 0:

@@ -146,3 +146,22 @@ def _in_order(curves: pd.DataFrame) -> pd.DataFrame:
     places = {family: place for place, family in enumerate(ordered(curves["family"]))}
     keyed = curves.assign(place=curves["family"].map(places)).sort_values(["place", "step"], ignore_index=True)
     return keyed.drop(columns="place")
+
+
+def margin_path(run: RunLog) -> tuple[float, float]:
+    """Return the margin chosen - rejected at the first and last observation, as `probe/margin` defines it.
+
+    Returns:
+        Mean over prompts that have both, of the mean summed log-prob of chosen minus that of rejected, nats; pairs
+        that are not finite are left out.
+    """
+    frame = run.sequences
+    values = []
+    for step in (frame["step"].min(), frame["step"].max()):
+        seen = frame[frame["step"] == step]
+        sides = [
+            seen[seen["family"] == family].groupby("prompt_id")["logp_sum"].mean() for family in ("chosen", "rejected")
+        ]
+        margins = sides[0] - sides[1]
+        values.append(float(margins[np.isfinite(margins)].mean()))
+    return values[0], values[1]

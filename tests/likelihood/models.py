@@ -8,6 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from llm_dynamics.likelihood.preserve import keeping_rope
+
 VOCAB = 101
 SIZES = {
     "vocab_size": VOCAB,
@@ -39,6 +41,16 @@ ARCHITECTURES = {
                               "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
     "pythia": ("gpt_neox", {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head_dim")}),
     "mixtral_moe": ("mixtral", SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_neo_local_window": ("gpt_neo", {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4,
+                                         "attention_types": [[["global", "local"], 1]], "window_size": 12,
+                                         "max_position_embeddings": 128, "initializer_range": 0.3,
+                                         "bos_token_id": 1, "eos_token_id": 2}),
+    "dynamic_rope": ("llama", SIZES | {"max_position_embeddings": 16, "rope_parameters":
+                                       {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}}),
+    "longrope": ("phi3", SIZES | {"max_position_embeddings": 64, "original_max_position_embeddings": 16,
+                                  "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0,
+                                                      "original_max_position_embeddings": 16,
+                                                      "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}}),
     "mamba_no_attention": ("mamba", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2,
                                      "state_size": 8, "initializer_range": 0.3}),
 }  # fmt: skip
@@ -72,7 +84,9 @@ def make_responses(seed=0, prompts=3, families=4, longest=14):
 def plain_logps(model, response):
     """One row, its own forward, the whole log_softmax: (M, V) float64 log-probs at the response positions."""
     ids = torch.tensor([[*response.prompt_ids, *response.response_ids]])
-    logp = model(input_ids=ids).logits[0].double().log_softmax(-1)
+    with keeping_rope(model):
+        output = model(input_ids=ids)
+    logp = output.logits[0].double().log_softmax(-1)
     return logp[len(response.prompt_ids) - 1 : -1]
 
 

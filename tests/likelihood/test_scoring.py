@@ -103,6 +103,7 @@ def test_scores_of_every_architecture_are_the_models_own(name, padding_side, sha
         ("gemma2_soft_capped", False),
         ("mistral_sliding_window", False),
         ("bloom_alibi", False),
+        ("gpt_neo_local_window", False),
         ("mamba_no_attention", False),
     ],
 )
@@ -307,3 +308,34 @@ def test_prompts_stay_shared_under_mixed_precision():
     exact = score_responses(model, responses)
     assert not torch.equal(scores.tokens.logp, exact.tokens.logp)  # bfloat16 was really in use
     torch.testing.assert_close(scores.tokens.logp, exact.tokens.logp, atol=0.3, rtol=0.05)
+
+
+def test_a_column_counting_window_is_seen_by_the_check_itself(monkeypatch):
+    monkeypatch.setattr("llm_dynamics.likelihood.head._limits_attention", lambda config: False)  # no name gives it away
+    model = build("gpt_neo_local_window")
+    with torch.no_grad():
+        assert not split_model(model).shares_prompts
+
+
+@pytest.mark.parametrize("name", ["dynamic_rope", "longrope"])
+def test_long_probes_leave_no_trace_in_the_rotary_embedding(name):
+    model = build(name)
+    short = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        before = model(short).logits
+        score_responses(model, make_responses(12, longest=30))
+        assert torch.equal(model(short).logits, before)
+
+
+def test_an_unknown_logit_cap_is_seen_in_bfloat16():
+    model = build("llama_untied", dtype=torch.bfloat16)
+    original = type(model).forward
+
+    def forward(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        output.logits = 10 * torch.tanh(output.logits / 10)
+        return output
+
+    model.forward = forward.__get__(model)
+    with torch.no_grad():
+        assert split_model(model).backbone is None

@@ -123,3 +123,31 @@ def test_a_nan_context_has_nan_statistics_and_leaves_the_others_alone():
 def test_bad_input_is_named(logp, labels, strength, message):
     with pytest.raises(ValueError, match=message):
         squeezing_stats(logp, labels, strength=strength)
+
+
+@pytest.mark.parametrize("gap", [12.0, 20.0, 26.0, 30.0, 60.0, 110.0])
+def test_a_peaked_context_keeps_its_riser_in_float32(gap):
+    logits = torch.tensor([[0.0, gap, 1.0, -1.0]], dtype=torch.float64)
+    exact = squeezing_stats(logits.log_softmax(-1), torch.tensor([0]))
+    stats = squeezing_stats(logits.float().log_softmax(-1), torch.tensor([0]))
+    assert stats.riser_count.item() == 1
+    assert stats.riser_mass.item() == pytest.approx(stats.p_other.item())
+    assert stats.other_id.item() == 1
+    assert stats.log1m_p_other.item() == pytest.approx(exact.log1m_p_other.item(), rel=1e-4)
+    if gap < 100:  # beyond, the step moves less than float32 can hold
+        assert stats.moved_to_other.item() == pytest.approx(exact.moved_to_other.item(), rel=1e-3)
+        assert stats.moved_to_other.item() > 0
+
+
+def test_y_star_is_told_apart_where_probabilities_underflow():
+    logp = torch.tensor([[120.0, 0.0, 15.0]]).log_softmax(-1)
+    stats = squeezing_stats(logp, torch.tensor([0]))
+    assert stats.other_id.item() == 2
+    assert squeezing_stats(logp, torch.tensor([1])).log1m_p_other.item() == pytest.approx(-105.0, abs=1e-3)
+
+
+def test_a_huge_step_overflows_nothing():
+    logp = torch.tensor([[3.0, 1.0, 0.0, -1.0]]).log_softmax(-1)
+    stats = squeezing_stats(logp, torch.tensor([1]), strength=1000.0)
+    assert stats.tau.isfinite()
+    assert stats.moved_to_other.item() == pytest.approx(1 - stats.p_other.item(), rel=1e-5)
