@@ -20,7 +20,7 @@ demo-quick: $(VENV)/.installed
 	$(BIN)/llm-dynamics demo --quick --output runs/demo-quick
 
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -210,7 +210,7 @@ def collect_probes(
     if not probes:
         raise ValueError(f"No probe is left: {listed or 'no row gives a response'}.")
     if counts:
-        message = f"dropped {sum(counts.values())} of the probes asked for ({listed}); `dropped` names each"
+        message = f"{sum(counts.values())} probes dropped ({listed}); `ProbeSet.dropped` names each"
         warnings.warn(message, stacklevel=_callers_level())
     return probes, dropped
 

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from llm_dynamics.callbacks import watch
 from llm_dynamics.callbacks.token_budget import BYTES_PER_PART, BYTES_PER_TOKEN_ROW
+from llm_dynamics.probes import ProbeSet
 from llm_dynamics.runlog import RunLogError, load_run
 from tests.training import FAMILIES, TIMED_COLUMNS, build_trainer, make_probes, plain_sums, save_tiny_model
 
@@ -157,11 +158,34 @@ def test_a_plain_trainer_gets_rows_of_our_own_and_keeps_its_loss_rows(model_fold
     assert list(rows_with(trainer, "loss")) == [1, 2, 3]
 
 
-def test_a_sparse_log_has_the_latest_observation_and_not_an_average(model_folder, tmp_path):
-    trainer, _, run = train("sft", model_folder, tmp_path, every=1, max_steps=4, logging_steps=4)
+def test_every_observation_is_logged_at_its_own_step_however_sparse_the_trainers_rows(model_folder, tmp_path):
+    trainer, _, run = train("sft", model_folder, tmp_path, every=2, max_steps=5, logging_steps=4)
     rows = rows_with(trainer, "probe/chosen_logp")
-    assert list(rows) == [0, 4]
-    assert rows[4]["probe/chosen_logp"] == run.steps.set_index("step")["probe/chosen_logp"][4]
+    assert list(rows) == run.observed_steps == [0, 2, 4, 5]
+    assert [row["probe/chosen_logp"] for row in rows.values()] == run.steps["probe/chosen_logp"].tolist()
+    assert list(rows_with(trainer, "loss")) == [4]
+    assert "loss" in rows[4]  # beside the loss, not in a second row
+
+
+def test_a_trainer_that_logs_nothing_gets_no_rows(model_folder, tmp_path):
+    trainer, _, run = train("sft", model_folder, tmp_path, every=2, max_steps=2, logging_strategy="no")
+    assert not rows_with(trainer, "probe/chosen_logp")
+    assert run.observed_steps == [0, 2]
+
+
+def test_grpos_template_arguments_reach_the_probes(model_folder, tmp_path):
+    template = "{{ style | default('') }}{% for m in messages %}{{ m['content'] }}|{% endfor %}"
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "How?"}],
+            "chosen": [{"role": "assistant", "content": "Like this."}],
+            "rejected": [{"role": "assistant", "content": "No."}],
+        }
+    ]
+    trainer = build_trainer("grpo", model_folder, tmp_path, chat_template_kwargs={"style": "briefly"})
+    trainer.processing_class.chat_template = template
+    callback = watch(trainer, ProbeSet.from_preference_dataset(rows))
+    assert trainer.processing_class.decode(callback.encoded[0].prompt_ids) == "brieflyHow?|"
 
 
 def test_metrics_are_those_of_the_run_log_and_finite_floats(sft):

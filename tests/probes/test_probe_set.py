@@ -83,6 +83,19 @@ def test_any_container_of_rows_gives_the_same_set(preference_rows):
     assert ProbeSet.from_preference_dataset(iter(preference_rows)) == expected
 
 
+def test_rows_without_a_prompt_and_without_a_common_beginning_are_no_implicit_prompts():
+    rows = [{"question": "How?", "chosen": "Like this.", "rejected": "No."}]
+    with pytest.raises(ValueError, match=r"question.*share no beginning"):
+        ProbeSet.from_preference_dataset(rows)
+
+
+def test_an_implicit_prompt_is_announced(preference_rows, caplog):
+    rows = [{key: f"{row['prompt']} {row[key]}" for key in ("chosen", "rejected")} for row in preference_rows]
+    ProbeSet.from_preference_dataset(rows)
+    assert "no column 'prompt'" in caplog.text
+    assert "taken as the prompt" in caplog.text
+
+
 def test_an_implicit_prompt_is_extracted(preference_rows):
     rows = [{name: row["prompt"] + "\n" + row[name] for name in ("chosen", "rejected")} for row in preference_rows]
     probes = ProbeSet.from_preference_dataset(rows)
