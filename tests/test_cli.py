@@ -135,7 +135,7 @@ def test_what_was_dropped_is_said_on_one_line_and_shown(run, tmp_path, preferenc
     rows = [*preference_rows[:3], {**preference_rows[3], "rejected": "  "}]
     status, out, err = run("probes", "build", write_jsonl(tmp_path / "r.jsonl", rows), tmp_path / "p.parquet")
     assert status == 0
-    assert err == "warning: 1 probes dropped (rejected: 1 x empty response); `summary()` lists them\n"
+    assert err == "warning: 1 probes dropped (rejected: 1 x empty response); `ProbeSet.dropped` names each\n"
     assert "why dropped" in out
     assert "empty response: 1" in re.sub(r"\s+", " ", out.replace("│", " "))
     _, shown, _ = run("probes", "show", tmp_path / "p.parquet")

@@ -232,7 +232,8 @@ class ProbeCallback(TrainerCallback):
         if self.trainer.args.logging_strategy == IntervalStrategy.NO:
             return
         # beside the loss where this very step has a row; else in a row of its own, so that it stands at its step
-        if not (control.should_log and _trl.add_to_next_row(self.trainer, metrics)):
+        beside_the_loss = control.should_log and not first
+        if not (beside_the_loss and _trl.add_to_next_row(self.trainer, metrics)):
             _trl.log_row(self.trainer, metrics)
 
     def _score(self, state: TrainerState) -> tuple[pd.DataFrame, pd.DataFrame]:
