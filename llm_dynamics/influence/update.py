@@ -1,0 +1,190 @@
+"""Split what an optimizer step did to the weights into additive causes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_dynamics.influence.optimizers import Factor, LinearStep, rule_for
+
+Weights = Mapping[str, Tensor]
+
+MOMENTUM, OTHER, DECAY, ROUNDING, STEP = "momentum", "other", "decay", "rounding", "step"
+"""Causes that are not labels of tokens; `step` is the whole update of an optimizer that is not known."""
+
+
+@dataclass(frozen=True)
+class BeforeStep:
+    """What a step is about to overwrite, by parameter name.
+
+    Attributes:
+        weights: theta before the step.
+        moments: The first moment before the step, of parameters that have one.
+    """
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> BeforeStep:
+        """Copy what the step of `optimizer` (accelerate's wrapper or torch's own) will overwrite."""
+        inner = innermost(optimizer)
+        rule = rule_for(inner)
+        moments = {}
+        for name, parameter in parameters.items():
+            moment = inner.state.get(parameter, {}).get(rule.moment) if rule is not None else None
+            if moment is not None:
+                moments[name] = moment.detach().clone()
+        return cls({name: p.detach().clone() for name, p in parameters.items()}, moments)
+
+
+@dataclass(frozen=True)
+class UpdateSplit:
+    """The additive parts of one parameter update.
+
+    Attributes:
+        parts: Change of the weights by cause and parameter name, float32 at least; the parts add up to
+            theta_after - theta_before. A cause that does not occur (no weight decay, no momentum yet) is missing.
+        per_gradient: What one unit of gradient, before clipping, did to each weight: a token's gradient contribution
+            times this is its part of the update. Empty where the optimizer is not known.
+        note: What a reader should know, such as an optimizer that is not known; else None.
+    """
+
+    parts: dict[str, dict[str, Tensor]]
+    per_gradient: dict[str, Factor]
+    note: str | None = None
+
+
+@dataclass
+class MomentHistory:
+    """The first moment, split by the labels of the tokens that filled it: m_k <- carry m_k + intake s g_k.
+
+    Attributes:
+        by_label: The moment's part by label and parameter name.
+    """
+
+    by_label: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def split_update(
+    optimizer: Any,
+    parameters: Mapping[str, nn.Parameter],
+    before: BeforeStep,
+    gradients: Mapping[str, Weights],
+    *,
+    clip_factor: float = 1.0,
+    history: MomentHistory | None = None,
+) -> UpdateSplit:
+    """Split the step that `optimizer` just took into causes that add up to it.
+
+    For AdamW with D = 1 / (sqrt(v / b2) + eps), v after the step, and clip factor s:
+
+        theta_after - theta_before = - lr beta1 m_before D / b1        momentum
+                                     - lr (1 - beta1) s g_k D / b1     one part per label k (up, down)
+                                     - lr (1 - beta1) g_rest D / b1    other: g_rest = grad - s sum_k g_k
+                                     - lr wd theta_before              decay
+                                     + what the stored weights round   rounding
+
+    and likewise for SGD, Adam and RMSprop (`optimizers.rule_for`). With an optimizer that is not known, the measured
+    change is one part, `step`, and a note says so.
+
+    Args:
+        optimizer: After its step; its state and the (clipped) `.grad` of the parameters as the step left them.
+        parameters: The trained parameters by name.
+        before: `BeforeStep.of` taken before the step.
+        gradients: Parts of the gradient before clipping, by label and parameter name, as `LossTape.parts` has them,
+            averaged over processes as `.grad` is.
+        clip_factor: s, what clipping multiplied the gradient with.
+        history: Splits `momentum` into `momentum_<label>`; brought up to date with this step. It knows only the steps
+            it was given: all of them since training began, or the rest stays `momentum`.
+
+    Returns:
+        The split. To save memory, `gradients` is overwritten: its tensors become the labels' parts.
+    """
+    inner = innermost(optimizer)
+    rule = rule_for(inner)
+    groups = {id(p): group for group in inner.param_groups for p in group["params"]}
+    parts: dict[str, dict[str, Tensor]] = {}
+    per_gradient: dict[str, Factor] = {}
+    for name, parameter in parameters.items():
+        if parameter.grad is None or id(parameter) not in groups:
+            continue
+        change = _wide(parameter) - _wide(before.weights[name])
+        if rule is None:
+            parts.setdefault(STEP, {})[name] = change
+            continue
+        moment = before.moments.get(name)
+        step = rule.step(groups[id(parameter)], inner.state[parameter], moment is not None)
+        per_gradient[name] = step.gradient * clip_factor
+        clipped = {
+            label: _wide(by_name[name]).mul_(clip_factor) for label, by_name in gradients.items() if name in by_name
+        }
+        mine = _other_parts(step, parameter, before.weights[name], moment, clipped, history, name)
+        if history is not None:
+            _carry(history, step, clipped, name)
+        mine |= {label: gradient.mul_(step.gradient) for label, gradient in clipped.items()}
+        for cause, part in mine.items():
+            parts.setdefault(cause, {})[name] = part
+            change -= part
+        parts.setdefault(ROUNDING, {})[name] = change
+    note = None
+    if rule is None:
+        note = f"{type(inner).__name__} is not known: its whole update is one cause, `{STEP}`"
+    return UpdateSplit(parts, per_gradient, note)
+
+
+def innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer inside accelerate's wrappers."""
+    while not type(optimizer).__module__.startswith("torch.") and isinstance(
+        getattr(optimizer, "optimizer", None), torch.optim.Optimizer
+    ):
+        optimizer = optimizer.optimizer
+    inner: torch.optim.Optimizer = optimizer
+    return inner
+
+
+def _other_parts(
+    step: LinearStep,
+    parameter: nn.Parameter,
+    weight: Tensor,
+    moment: Tensor | None,
+    clipped: Mapping[str, Tensor],
+    history: MomentHistory | None,
+    name: str,
+) -> dict[str, Tensor]:
+    """Return one parameter's parts by cause: all but the labels' and rounding."""
+    assert parameter.grad is not None
+    rest = _wide(parameter.grad).clone()
+    for gradient in clipped.values():
+        rest -= gradient
+    parts = {OTHER: rest.mul_(step.gradient)}
+    if moment is not None:
+        left = _wide(moment).clone()
+        for label, by_name in (history.by_label if history is not None else {}).items():
+            if name in by_name:
+                parts[f"{MOMENTUM}_{label}"] = by_name[name] * step.moment
+                left -= by_name[name]
+        parts[MOMENTUM] = left.mul_(step.moment)
+    if not isinstance(step.decay, float) or step.decay != 0:
+        parts[DECAY] = _wide(weight) * step.decay
+    return parts
+
+
+def _carry(history: MomentHistory, step: LinearStep, clipped: Mapping[str, Tensor], name: str) -> None:
+    for label in {*history.by_label, *clipped}:
+        by_name = history.by_label.setdefault(label, {})
+        carried = by_name[name] * step.carry if name in by_name else None
+        added = clipped[label] * step.intake if label in clipped else None
+        both = [term for term in (carried, added) if term is not None]
+        if both:
+            by_name[name] = both[0] + both[1] if len(both) == 2 else both[0]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 at least; the same one where it is."""
+    tensor = tensor.detach()
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

@@ -1,0 +1,228 @@
+"""Response log-probs as a function of the weights: values, directional derivatives and gradients at any weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from llm_dynamics.likelihood.head import SplitModel, split_model
+from llm_dynamics.likelihood.packing import Layout, TokenizedResponse, batches, lay_out, pack
+from llm_dynamics.likelihood.preserve import evaluating
+from llm_dynamics.likelihood.scoring import DEFAULT_BATCH_TOKENS
+
+Weights = Mapping[str, Tensor]
+"""Tensors by parameter name, as `model.named_parameters()` has them."""
+
+_LOGITS_BYTES = 2**28
+"""Bytes of float32 logits alive at a time where nothing needs to be kept for a backward pass."""
+
+
+class ResponseLogps:
+    """The map from weights to the log-probs of fixed responses, teacher-forced, in evaluation mode.
+
+    With `theta` the given weights (all others stay as the model has them) and m running over all N response tokens:
+    `values` is log pi_theta(y_m), `jvp` is <d log pi_theta(y_m)/d theta, u>, `gradient` is d/d theta of
+    sum_m w_m log pi_theta(y_m). Computed in float32 at least (weights of lower precision are converted for the call),
+    without autocast, with attention that has forward derivatives. The model's weights, modes, gradients and random
+    state are left as they were.
+
+    Args:
+        model: A Hugging Face causal LM, PEFT adapters included; not wrapped in DDP.
+        responses: Prompt and response ids, as for `score_responses`.
+        batch_tokens: Most tokens in one forward, padding included.
+        share_prompts: Let responses to one prompt stand behind one copy of it, where the model allows it.
+        split: The model's halves from `split_model`, to save the check.
+
+    Raises:
+        ValueError: For no responses.
+        NotImplementedError: For models that cannot be scored, see `split_model`.
+
+    Example:
+        >>> logps = ResponseLogps(model, encode_probes(probes, tokenizer))  # doctest: +SKIP
+        >>> values, change = logps.jvp(weights, update)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        responses: Sequence[TokenizedResponse],
+        *,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        share_prompts: bool = True,
+        split: SplitModel | None = None,
+    ) -> None:
+        if len(responses) == 0:
+            raise ValueError("no responses given: there is nothing to differentiate")
+        self.model = model
+        if split is None:
+            with evaluating(model):
+                split = split_model(model)
+        self.split = split
+        self.lengths = torch.tensor([len(response.response_ids) for response in responses])
+        rows = pack(responses, share=share_prompts and split.shares_prompts)
+        starts = [0, *accumulate(self.lengths.tolist())]
+        self._layouts: list[Layout] = []
+        self._places: list[Tensor] = []
+        for batch in batches(rows, batch_tokens, alone=split.backbone is None):
+            self._layouts.append(lay_out(responses, batch, "right"))
+            scored = [i for row in batch for i in row.responses]
+            self._places.append(torch.cat([torch.arange(starts[i], starts[i + 1]) for i in scored]))
+
+    @property
+    def n_tokens(self) -> int:
+        """N, response tokens of all responses."""
+        return int(self.lengths.sum())
+
+    @property
+    def owner(self) -> Tensor:
+        """Index of the response that each token belongs to, (N,), int64."""
+        return torch.repeat_interleave(torch.arange(len(self.lengths)), self.lengths)
+
+    def values(self, weights: Weights) -> Tensor:
+        """Return log pi(y_m) at `weights`, nats, (N,), on the CPU, in the order of the responses."""
+        return self._gather(self._at(weights, lambda layout: _logps(self.split, layout, in_blocks=True)))
+
+    def jvp(self, weights: Weights, direction: Weights) -> tuple[Tensor, Tensor]:
+        """Return the log-probs and their derivative along `direction`, one forward-mode pass.
+
+        Args:
+            weights: Where to differentiate.
+            direction: u, by names among those of `weights`; a name that is missing counts as zero.
+
+        Returns:
+            log pi(y_m), nats, and <d log pi(y_m)/d theta, u>, each (N,), on the CPU.
+        """
+        with forward_ad.dual_level():
+            dual = {
+                name: forward_ad.make_dual(precise(value), direction[name].to(precise(value)))
+                if name in direction
+                else value
+                for name, value in weights.items()
+            }
+            pairs = self._at(dual, lambda layout: _unpacked(_logps(self.split, layout, in_blocks=True)))
+        return self._gather(value for value, _ in pairs), self._gather(tangent for _, tangent in pairs)
+
+    def gradient(self, weights: Weights, token_weights: Tensor) -> dict[str, Tensor]:
+        """Return d/d theta of sum_m w_m log pi(y_m), one forward and backward of the tokens with w_m != 0.
+
+        Args:
+            weights: Where to differentiate; the gradient has their names and shapes.
+            token_weights: w, (N,); batches whose weights are all zero are skipped.
+
+        Returns:
+            The gradient by name, float32 at least; zero where the log-probs do not depend on a parameter.
+        """
+        leaves = {name: precise(value.detach()).requires_grad_() for name, value in weights.items()}
+        total: dict[str, Tensor] = {}
+
+        def add_batch(layout: Layout, weight: Tensor) -> None:
+            with torch.enable_grad():
+                logps = _logps(self.split, layout, in_blocks=False)
+                objective = (logps * weight.to(logps)).sum()
+            gradients = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
+            for name, gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None:
+                    total[name] = total[name].add_(gradient) if name in total else gradient
+
+        def run() -> None:
+            for layout, places in zip(self._layouts, self._places, strict=True):
+                if (token_weights[places] != 0).any():
+                    add_batch(layout, token_weights[places])
+
+        at_weights(self.model, leaves, run)
+        return {name: total[name] if name in total else torch.zeros_like(leaf) for name, leaf in leaves.items()}
+
+    def subset(self, responses: Sequence[TokenizedResponse], batch_tokens: int = DEFAULT_BATCH_TOKENS) -> ResponseLogps:
+        """Return the map of other responses under the same model."""
+        return ResponseLogps(self.model, responses, batch_tokens=batch_tokens, split=self.split)
+
+    def _at(self, weights: Weights, function: Callable[[Layout], Any]) -> list[Any]:
+        return at_weights(self.model, weights, lambda: [function(layout) for layout in self._layouts])
+
+    def _gather(self, parts: Any) -> Tensor:
+        return torch.cat([part.cpu() for part in parts])[torch.cat(self._places).argsort()]
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 where its floating type is of lower precision."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def at_weights(model: nn.Module, weights: Weights, function: Callable[[], Any], *, evaluate: bool = True) -> Any:
+    """Call `function` while `model` has `weights` in place of its own, in float32 at least.
+
+    Args:
+        model: The model that `function` calls.
+        weights: Tensors that stand in for parameters, by name; tied parameters follow.
+        function: What to call; gradients that it takes must be taken inside.
+        evaluate: In evaluation mode; else in the modes that the model's modules have.
+
+    Returns:
+        What `function` returned.
+    """
+    named = [*model.named_parameters(), *model.named_buffers()]
+    converted = {
+        name: precise(tensor.detach())
+        for name, tensor in named
+        if name not in weights and tensor.dtype in (torch.bfloat16, torch.float16)
+    }
+    stand_ins = {f"model.{name}": tensor for name, tensor in {**converted, **weights}.items()}
+    with torch.autocast(next(model.parameters()).device.type, enabled=False), _differentiable_attention(model):
+        if not evaluate:
+            with torch.no_grad():
+                return torch.func.functional_call(_Holder(model), stand_ins, (function,))
+        with evaluating(model):
+            return torch.func.functional_call(_Holder(model), stand_ins, (function,))
+
+
+class _Holder(nn.Module):
+    """Lets `functional_call` put weights in place around any function."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.training = model.training
+        self.model = model
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+@contextmanager
+def _differentiable_attention(model: nn.Module) -> Iterator[None]:
+    """Choose attention that has forward derivatives: fused kernels have none."""
+    configs: list[Any] = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
+    fused = [c for c in configs if getattr(c, "_attn_implementation", None) not in (None, "sdpa", "eager")]
+    before = [config._attn_implementation for config in fused]
+    try:
+        for config in fused:
+            config._attn_implementation = "sdpa"
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for config, implementation in zip(fused, before, strict=True):
+            config._attn_implementation = implementation
+
+
+def _logps(split: SplitModel, layout: Layout, *, in_blocks: bool) -> Tensor:
+    """Return log pi(y_m) of a batch's response tokens, (N,), differentiable in every mode."""
+    states = split.logits(layout.rows) if split.backbone is None else split.hidden_states(layout.rows)
+    states = states[layout.at_row.to(states.device), layout.at_column.to(states.device)]
+    labels = layout.labels.to(states.device)
+    block = max(1, _LOGITS_BYTES // (4 * split.vocab_size)) if in_blocks else len(labels)
+    logps = []
+    for some, ids in zip(states.split(block), labels.split(block), strict=True):
+        logits = precise(some) if split.backbone is None else split.head(some)
+        logps.append(logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(dim=1))
+    return torch.cat(logps)
+
+
+def _unpacked(logps: Tensor) -> tuple[Tensor, Tensor]:
+    value, tangent = forward_ad.unpack_dual(logps)
+    return value, torch.zeros_like(value) if tangent is None else tangent
