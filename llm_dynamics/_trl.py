@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
+from trl import GRPOTrainer, RLOOTrainer
 from trl.trainer.utils import use_adapter
 
 from llm_dynamics.likelihood.preserve import keeping_trainable
@@ -86,3 +87,38 @@ def reference_adapter(model: PeftModel) -> Iterator[None]:
     """
     with keeping_trainable(model), use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
         yield
+
+
+@contextmanager
+def recording_clip(trainer: Trainer) -> Iterator[list[float]]:
+    """Record by what factor gradients are clipped, while the context is open.
+
+    Every trainer clips through `trainer.accelerator.clip_grad_norm_`, which returns the norm before clipping; the
+    factor follows as torch computes it, min(1, max_norm / (norm + 1e-6)).
+
+    Args:
+        trainer: Any trainer.
+
+    Yields:
+        A list that receives, at each clipping, the factor and the norm before it: [factor, norm].
+    """
+    accelerator = trainer.accelerator
+    recorded: list[float] = []
+
+    def clip(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        norm = original(parameters, max_norm, norm_type)
+        if norm is not None:
+            recorded[:] = [min(1.0, float(max_norm) / (float(norm) + 1e-6)), float(norm)]
+        return norm
+
+    original = accelerator.clip_grad_norm_
+    accelerator.clip_grad_norm_ = clip
+    try:
+        yield recorded
+    finally:
+        del accelerator.clip_grad_norm_  # the class's own is seen again
+
+
+def sampling_temperature(trainer: Trainer) -> float:
+    """Return what the trainer's loss divides logits by: the sampling temperature of GRPO and RLOO, 1 elsewhere."""
+    return float(getattr(trainer, "temperature", 1.0)) if isinstance(trainer, GRPOTrainer | RLOOTrainer) else 1.0

@@ -125,17 +125,17 @@ class ProbeCallback(TrainerCallback):
             chat_template_kwargs=self.chat_template_kwargs,
         )
         self.probes = probes
-        self._table = probe_table(probes, self.encoded)
-        self._share = share_of(self.encoded, trainer.args.process_index, trainer.args.world_size)
+        self.table = probe_table(probes, self.encoded)
+        self.share = share_of(self.encoded, trainer.args.process_index, trainer.args.world_size)
         self._autocast = trainer.accelerator.autocast if trainer.accelerator.mixed_precision != "no" else None
-        self._split = self._split_model()  # what cannot be scored is refused now, not hours into the run
+        self.split = self._split_model()  # what cannot be scored is refused now, not hours into the run
         folder = Path(log_folder) if log_folder else Path(trainer.args.output_dir or ".") / schema.FOLDER
         for other in trainer.callback_handler.callbacks:
             if isinstance(other, ProbeCallback) and other.log_folder.resolve() == folder.resolve():
                 raise ValueError(f"another ProbeCallback writes to {folder}: give this one its own log_folder=")
         self.recorder = Recorder(
             folder,
-            self._table,
+            self.table,
             tokens=tokens,
             token_budget_mb=token_budget_mb,
             seed=seed,
@@ -166,7 +166,7 @@ class ProbeCallback(TrainerCallback):
         """Open the run log, new or continued, and observe."""
         self.clock = Clock()
         self._observed, self._ref_logp = None, None
-        self._split = self._split_model()  # the trainer may have wrapped or changed the model since
+        self.split = self._split_model()  # the trainer may have wrapped or changed the model since
         if state.is_world_process_zero:
             self.recorder.open(state, describe_run(self, state), every=self.every)
         opened = (self.recorder.token_probes, self.recorder.start, self.recorder.log.steps()[-1:])
@@ -237,8 +237,8 @@ class ProbeCallback(TrainerCallback):
             _trl.log_row(self.trainer, metrics)
 
     def _score(self, state: TrainerState) -> tuple[pd.DataFrame, pd.DataFrame]:
-        share = [self.encoded[i] for i in self._share]
-        table = self._table.iloc[self._share]
+        share = [self.encoded[i] for i in self.share]
+        table = self.table.iloc[self.share]
         sequences, tokens = pd.DataFrame(), pd.DataFrame()
         if share:
             with self._progress(len(share), state) as bar:
@@ -248,13 +248,13 @@ class ProbeCallback(TrainerCallback):
                     batch_tokens=self.batch_tokens,
                     squeeze_strength=self.squeeze_strength,
                     autocast=self._autocast,
-                    split=self._split,
+                    split=self.split,
                     on_progress=bar.update,
                 )
             scores = ResponseScores(scores.lengths, scores.tokens, self._reference_logps(share))
-            sequences = sequence_table(scores, table).assign(order=self._share)
-            tokens = token_table(scores, table["probe_id"].tolist(), self._decode)
-            tokens["order"] = tokens["probe_id"].map(dict(zip(table["probe_id"], self._share, strict=True)))
+            sequences = sequence_table(scores, table).assign(order=self.share)
+            tokens = token_table(scores, table["probe_id"].tolist(), self._decode_token)
+            tokens["order"] = tokens["probe_id"].map(dict(zip(table["probe_id"], self.share, strict=True)))
             tokens = tokens[tokens["probe_id"].isin(self._token_probes)]
         return gather_frames(sequences, "order"), gather_frames(tokens, "order") if self._token_probes else tokens
 
@@ -273,7 +273,11 @@ class ProbeCallback(TrainerCallback):
                 self._ref_logp = score_logps(model, share, batch_tokens=self.batch_tokens, autocast=self._autocast)
         return self._ref_logp
 
-    def _decode(self, token: int) -> str:
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of token ids, special tokens included."""
+        return str(self._tokenizer.decode(tokens))
+
+    def _decode_token(self, token: int) -> str:
         return self._tokenizer.decode([token])
 
     def _progress(self, total: int, state: TrainerState) -> tqdm:

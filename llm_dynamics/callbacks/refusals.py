@@ -35,3 +35,36 @@ def refuse_unscorable(trainer: Trainer) -> None:
         raise ValueError("the trainer has no model yet (model_init is not supported): build it with `model=`")
     if trainer.processing_class is None:
         raise ValueError("the trainer has no tokenizer: pass `processing_class=` when building it")
+
+
+def refuse_unexplainable(trainer: Trainer) -> None:
+    """Check that optimizer steps can be explained in this trainer: more than `refuse_unscorable` asks for.
+
+    Args:
+        trainer: The trainer that a callback is attached to.
+
+    Raises:
+        NotImplementedError: For what the step account cannot see through; the message says what was seen, and that
+            probes can be watched without it.
+        ValueError: As for `refuse_unscorable`.
+    """
+    refuse_unscorable(trainer)
+    args, model = trainer.args, trainer.model
+    options = args.gradient_checkpointing_kwargs
+    checkpointing = args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant")
+    reasons = {
+        "DeepSpeed partitions optimizer state and gradients": trainer.is_deepspeed_enabled,
+        "the model is quantised: its weights have no gradient path in full precision": getattr(
+            model, "is_quantized", False
+        ),
+        "float16 mixed precision scales the loss and may skip steps (use bf16)": args.fp16,
+        "torch_compile traces the forward that the account taps (turn it off)": args.torch_compile,
+        "Liger kernels return neither log-probs nor logits (turn use_liger_kernel off)": args.use_liger_kernel,
+        "reentrant gradient checkpointing has no second backward (gradient_checkpointing_kwargs="
+        '{"use_reentrant": False})': bool(checkpointing),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise NotImplementedError(
+                f"steps of this run cannot be explained: {reason}. Watch the probes alone: watch(trainer, probes)."
+            )

@@ -32,6 +32,10 @@ class Clock:
         since, self._training_before = training - self._training_before, training
         return max(since, 0.0)
 
+    def add(self, seconds: float) -> None:
+        """Count watching that is no observation, such as explaining a step."""
+        self.watching += seconds
+
     def fits(self, max_overhead: float | None) -> bool:
         """Tell whether one more observation, as long as the last, keeps watching within `max_overhead` of training."""
         return max_overhead is None or self.watching + self.last_observation <= max_overhead * self.training

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
 
 from llm_dynamics.probes import EncodedProbe
 
@@ -44,3 +48,33 @@ def gather_frames(frame: pd.DataFrame, order: str) -> pd.DataFrame:
 def broadcast(value: Any) -> Any:
     """Return the main process's `value` on every process."""
     return broadcast_object_list([value])[0]
+
+
+def sum_over_processes(values: np.ndarray) -> np.ndarray:
+    """Return the sum of the processes' arrays (float64), in the order of the processes, on every process."""
+    gathered: list[np.ndarray] = gather_object([values])
+    return np.sum(gathered, axis=0)
+
+
+def union_over_processes(names: Iterable[str]) -> list[str]:
+    """Return the names that any process has, sorted, on every process."""
+    return sorted({name for some in gather_object([sorted(names)]) for name in some})
+
+
+def average_weights(accelerator: Accelerator, parts: dict[str, dict[str, Tensor]], like: Mapping[str, Tensor]) -> None:
+    """Average gradient parts over processes, in place; a part that a process lacks counts as zero there.
+
+    Args:
+        accelerator: The trainer's.
+        parts: Tensors by label and parameter name.
+        like: The parameters, by name, in the same order on every process.
+    """
+    if accelerator.num_processes == 1:
+        return
+    for label in union_over_processes(parts):
+        mine = parts.setdefault(label, {})
+        for name, weight in like.items():
+            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            part = mine.get(name)
+            part = torch.zeros_like(weight, dtype=wide) if part is None else part
+            mine[name] = accelerator.reduce(part, reduction="mean")

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 
+from llm_dynamics.callbacks.influence import InfluenceCallback
 from llm_dynamics.callbacks.probe import ProbeCallback
 from llm_dynamics.probes import ProbeSet
 
+EXPLAINED_PER_OBSERVATIONS = 4
+"""With `influence=True`, one step is explained for so many observations: it costs more than to observe."""
 
-def watch(trainer: Trainer, probes: ProbeSet | str | Path, every: int = 25, **options: Any) -> ProbeCallback:
+
+def watch(
+    trainer: Trainer,
+    probes: ProbeSet | str | Path,
+    every: int = 25,
+    *,
+    influence: bool | Mapping[str, Any] = False,
+    **options: Any,
+) -> ProbeCallback:
     """Watch `probes` while `trainer` trains; nothing else about the run changes.
 
     Args:
         trainer: A TRL or transformers trainer, before `train()`.
         probes: The probe set, or the path of one saved with `ProbeSet.save`.
         every: Optimizer steps between observations.
+        influence: Also explain optimizer steps: which cause and which training tokens moved the probes. True explains
+            the first step, every `4 * every` steps and the last; a mapping gives arguments of `InfluenceCallback`, such
+            as `{"every": 10, "history": "split"}`.
         **options: Further arguments of `ProbeCallback`.
 
     Returns:
@@ -35,4 +50,8 @@ def watch(trainer: Trainer, probes: ProbeSet | str | Path, every: int = 25, **op
         probes = ProbeSet.load(probes)
     callback = ProbeCallback(trainer, probes, every, **options)
     trainer.add_callback(callback)
+    if influence is not False:
+        given = {} if influence is True else dict(influence)
+        settings = {"every": EXPLAINED_PER_OBSERVATIONS * every, **given}
+        trainer.add_callback(InfluenceCallback(trainer, probes, **settings))
     return callback

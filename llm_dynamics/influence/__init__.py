@@ -10,6 +10,7 @@ from llm_dynamics.influence.account import (
     measured_change,
     path_gradient,
 )
+from llm_dynamics.influence.distribution import DistributionAccount, account_for_distribution
 from llm_dynamics.influence.labelling import as_one, by_example, by_halves, by_push, by_sign
 from llm_dynamics.influence.tape import LossTape, MicroBatch, trainable_parameters
 from llm_dynamics.influence.training_tokens import TokenInfluence, influence_of_training_tokens
@@ -18,6 +19,7 @@ from llm_dynamics.influence.update import BeforeStep, MomentHistory, UpdateSplit
 __all__ = [
     "RULES",
     "BeforeStep",
+    "DistributionAccount",
     "LossTape",
     "MicroBatch",
     "MomentHistory",
@@ -25,6 +27,7 @@ __all__ = [
     "TokenInfluence",
     "UpdateSplit",
     "account_for_change",
+    "account_for_distribution",
     "accounted_change",
     "as_one",
     "by_example",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -107,22 +107,22 @@ def account_for_change(
     Raises:
         ValueError: For a rule that is not known, or groups of the wrong shape.
     """
-    nodes = _nodes(rule)
+    _check_rule(rule)
     if measured is None:
         measured = measured_change(logps, before, after)
     if groups is None:
         shares = {cause: torch.zeros_like(measured) for cause in parts}
-        for t, weight in nodes:
-            at_node = _between(before, after, t)
+        for at_node, weight in path_nodes(before, after, rule):
             for cause, part in parts.items():
                 shares[cause] += weight * logps.jvp(at_node, part)[1].double()
         return StepAccount(shares, measured)
     if groups.dim() != 2 or groups.shape[1] != logps.n_tokens:
         raise ValueError(f"groups must be (G, N) with N = {logps.n_tokens} probe tokens; seen {tuple(groups.shape)}")
     shares = {cause: torch.zeros(len(groups), dtype=torch.float64) for cause in parts}
-    for t, weight in nodes:
-        at_node = _between(before, after, t)
+    for at_node, weight in path_nodes(before, after, rule):
         for g, token_weights in enumerate(groups):
+            if not token_weights.any():
+                continue
             products = inner_products(logps.gradient(at_node, token_weights), parts)
             for cause, product in products.items():
                 shares[cause][g] += weight * product
@@ -151,8 +151,8 @@ def accounted_change(logps: ResponseLogps, before: Weights, after: Weights, *, r
     """
     delta = {name: precise(after[name].detach()) - precise(before[name].detach()) for name in before}
     total = torch.zeros(logps.n_tokens, dtype=torch.float64)
-    for t, weight in _nodes(rule):
-        total += weight * logps.jvp(_between(before, after, t), delta)[1].double()
+    for at_node, weight in path_nodes(before, after, rule):
+        total += weight * logps.jvp(at_node, delta)[1].double()
     return total
 
 
@@ -172,8 +172,8 @@ def path_gradient(
         The averaged gradient by name: its product with a part of the update is that part's share.
     """
     total: dict[str, Tensor] = {}
-    for t, weight in _nodes(rule):
-        gradient = logps.gradient(_between(before, after, t), token_weights)
+    for at_node, weight in path_nodes(before, after, rule):
+        gradient = logps.gradient(at_node, token_weights)
         for name, value in gradient.items():
             total[name] = total[name].add_(value, alpha=weight) if name in total else value.mul_(weight)
     return total
@@ -196,10 +196,20 @@ def _dot(x: Tensor, y: Tensor) -> float:
     return float(blocks.double().sum()) + float(x[whole:].double() @ y[whole:].double())
 
 
-def _nodes(rule: str) -> tuple[tuple[float, float], ...]:
+def path_nodes(before: Weights, after: Weights, rule: str) -> Iterator[tuple[dict[str, Tensor], float]]:
+    """Yield the weights at each node of a rule on the straight path from `before` to `after`, and the node's weight.
+
+    Raises:
+        ValueError: For a rule that is not known.
+    """
+    _check_rule(rule)
+    for t, weight in RULES[rule]:
+        yield _between(before, after, t), weight
+
+
+def _check_rule(rule: str) -> None:
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}; allowed: {', '.join(RULES)}")
-    return RULES[rule]
 
 
 def _between(before: Weights, after: Weights, t: float) -> dict[str, Tensor]:

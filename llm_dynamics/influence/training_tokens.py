@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from llm_dynamics.influence.optimizers import Factor
 from llm_dynamics.influence.tape import MicroBatch
-from llm_dynamics.kernel.derivatives import Weights, at_weights, precise
+from llm_dynamics.kernel.derivatives import Weights, at_weights, dual_weights, unpacked
 from llm_dynamics.likelihood.head import SplitModel
 
 _HEAD_ROWS = 512
@@ -76,9 +76,7 @@ def influence_of_training_tokens(
             "the optimizer's step is not known as a function of the gradient (see UpdateSplit.note), so it cannot be "
             "split over training tokens"
         )
-    direction = {
-        name: value * per_gradient[name] for name, value in probe_gradient.items() if name in per_gradient
-    }
+    direction = {name: value * per_gradient[name] for name, value in probe_gradient.items() if name in per_gradient}
     if split.backbone is None:
         raise NotImplementedError(
             f"{type(split.model).__name__} computes its logits in an unknown way: its batches cannot be replayed"
@@ -87,12 +85,7 @@ def influence_of_training_tokens(
     shares, places, error = [], [], 0.0
     random_devices = [device] if device.type == "cuda" else []
     with forward_ad.dual_level(), torch.random.fork_rng(devices=random_devices):
-        weights = {
-            name: forward_ad.make_dual(precise(value), direction[name].to(precise(value)))
-            if name in direction
-            else value
-            for name, value in before.items()
-        }
+        weights = dual_weights(before, direction)
         for k, batch in enumerate(batches):
             where = batch.has_loss.nonzero()
 
@@ -120,7 +113,7 @@ def _replay(split: SplitModel, batch: MicroBatch, where: Tensor, temperature: fl
     for some, ids in zip(hidden.split(_HEAD_ROWS), labels.split(_HEAD_ROWS), strict=True):
         logits = split.head(some) / temperature
         logps = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(dim=1)
-        value, tangent = forward_ad.unpack_dual(logps)
+        value, tangent = unpacked(logps)
         values.append(value)
-        tangents.append(torch.zeros_like(value) if tangent is None else tangent)
+        tangents.append(tangent)
     return torch.cat(values), torch.cat(tangents)

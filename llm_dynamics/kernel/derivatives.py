@@ -20,6 +20,9 @@ from llm_dynamics.likelihood.scoring import DEFAULT_BATCH_TOKENS
 Weights = Mapping[str, Tensor]
 """Tensors by parameter name, as `model.named_parameters()` has them."""
 
+_Read = Callable[[Layout, Tensor], Tensor]
+"""From a batch, and the indices of its tokens among all, to one row per token it reads."""
+
 _LOGITS_BYTES = 2**28
 """Bytes of float32 logits alive at a time where nothing needs to be kept for a backward pass."""
 
@@ -87,7 +90,7 @@ class ResponseLogps:
 
     def values(self, weights: Weights) -> Tensor:
         """Return log pi(y_m) at `weights`, nats, (N,), on the CPU, in the order of the responses."""
-        return self._gather(self._at(weights, lambda layout: _logps(self.split, layout, in_blocks=True)))
+        return self._gather(self._at(weights, self._label_logps), self._places)
 
     def jvp(self, weights: Weights, direction: Weights) -> tuple[Tensor, Tensor]:
         """Return the log-probs and their derivative along `direction`, one forward-mode pass.
@@ -99,15 +102,17 @@ class ResponseLogps:
         Returns:
             log pi(y_m), nats, and <d log pi(y_m)/d theta, u>, each (N,), on the CPU.
         """
-        with forward_ad.dual_level():
-            dual = {
-                name: forward_ad.make_dual(precise(value), direction[name].to(precise(value)))
-                if name in direction
-                else value
-                for name, value in weights.items()
-            }
-            pairs = self._at(dual, lambda layout: _unpacked(_logps(self.split, layout, in_blocks=True)))
-        return self._gather(value for value, _ in pairs), self._gather(tangent for _, tangent in pairs)
+        return self._dual(weights, direction, self._label_logps, self._places)
+
+    def distributions(self, weights: Weights, tokens: Tensor) -> Tensor:
+        """Return log pi(. | prefix of y_m), nats, (n, V), on the CPU, at the n response tokens with index `tokens`."""
+        read, places = self._reading(tokens)
+        return self._gather(self._at(weights, read), places)
+
+    def jvp_distributions(self, weights: Weights, direction: Weights, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `distributions` and their derivative along `direction`, each (n, V); as `jvp`."""
+        read, places = self._reading(tokens)
+        return self._dual(weights, direction, read, places)
 
     def gradient(self, weights: Weights, token_weights: Tensor) -> dict[str, Tensor]:
         """Return d/d theta of sum_m w_m log pi(y_m), one forward and backward of the tokens with w_m != 0.
@@ -124,7 +129,7 @@ class ResponseLogps:
 
         def add_batch(layout: Layout, weight: Tensor) -> None:
             with torch.enable_grad():
-                logps = _logps(self.split, layout, in_blocks=False)
+                logps = _label_logps(self.split, layout, in_blocks=False)
                 objective = (logps * weight.to(logps)).sum()
             gradients = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
@@ -143,11 +148,50 @@ class ResponseLogps:
         """Return the map of other responses under the same model."""
         return ResponseLogps(self.model, responses, batch_tokens=batch_tokens, split=self.split)
 
-    def _at(self, weights: Weights, function: Callable[[Layout], Any]) -> list[Any]:
-        return at_weights(self.model, weights, lambda: [function(layout) for layout in self._layouts])
+    def _label_logps(self, layout: Layout, places: Tensor) -> Tensor:
+        return _label_logps(self.split, layout, in_blocks=True)
 
-    def _gather(self, parts: Any) -> Tensor:
-        return torch.cat([part.cpu() for part in parts])[torch.cat(self._places).argsort()]
+    def _reading(self, tokens: Tensor) -> tuple[_Read, list[Tensor]]:
+        """Return what reads the distributions at `tokens`, and the place of each row it reads among `tokens`."""
+        rank = torch.full((self.n_tokens,), -1).index_put((tokens,), torch.arange(len(tokens)))
+        wanted = [rank[places] for places in self._places]
+
+        def read(layout: Layout, places: Tensor) -> Tensor:
+            logits = _logits(self.split, _states(self.split, layout)[rank[places] >= 0])
+            return logits.log_softmax(dim=1)
+
+        return read, [ranks[ranks >= 0] for ranks in wanted]
+
+    def _at(self, weights: Weights, read: _Read) -> list[Any]:
+        batches_of_tokens = list(zip(self._layouts, self._places, strict=True))
+        return at_weights(self.model, weights, lambda: [read(*batch) for batch in batches_of_tokens])
+
+    def _dual(
+        self, weights: Weights, direction: Weights, read: _Read, places: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        with forward_ad.dual_level():
+            dual = dual_weights(weights, direction)
+            pairs = self._at(dual, lambda layout, at: unpacked(read(layout, at)))  # type: ignore[arg-type, return-value]
+        values, tangents = zip(*pairs, strict=True)
+        return self._gather(values, places), self._gather(tangents, places)
+
+    @staticmethod
+    def _gather(parts: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
+        return torch.cat([part.cpu() for part in parts])[torch.cat(list(places)).argsort()]
+
+
+def dual_weights(weights: Weights, direction: Weights) -> dict[str, Tensor]:
+    """Return `weights` as dual numbers with tangent `direction`, float32 at least; inside `forward_ad.dual_level`."""
+    return {
+        name: forward_ad.make_dual(precise(value), direction[name].to(precise(value))) if name in direction else value
+        for name, value in weights.items()
+    }
+
+
+def unpacked(dual: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the value of a dual number and its tangent, zero where it has none."""
+    value, tangent = forward_ad.unpack_dual(dual)
+    return value, torch.zeros_like(value) if tangent is None else tangent
 
 
 def precise(tensor: Tensor) -> Tensor:
@@ -210,19 +254,23 @@ def _differentiable_attention(model: nn.Module) -> Iterator[None]:
             config._attn_implementation = implementation
 
 
-def _logps(split: SplitModel, layout: Layout, *, in_blocks: bool) -> Tensor:
-    """Return log pi(y_m) of a batch's response tokens, (N,), differentiable in every mode."""
+def _states(split: SplitModel, layout: Layout) -> Tensor:
+    """Return what the head needs at a batch's response tokens: hidden states (N, d), or logits (N, V) with no split."""
     states = split.logits(layout.rows) if split.backbone is None else split.hidden_states(layout.rows)
-    states = states[layout.at_row.to(states.device), layout.at_column.to(states.device)]
+    return states[layout.at_row.to(states.device), layout.at_column.to(states.device)]
+
+
+def _logits(split: SplitModel, states: Tensor) -> Tensor:
+    return precise(states) if split.backbone is None else split.head(states)
+
+
+def _label_logps(split: SplitModel, layout: Layout, *, in_blocks: bool) -> Tensor:
+    """Return log pi(y_m) of a batch's response tokens, (N,), differentiable in every mode."""
+    states = _states(split, layout)
     labels = layout.labels.to(states.device)
     block = max(1, _LOGITS_BYTES // (4 * split.vocab_size)) if in_blocks else len(labels)
     logps = []
     for some, ids in zip(states.split(block), labels.split(block), strict=True):
-        logits = precise(some) if split.backbone is None else split.head(some)
+        logits = _logits(split, some)
         logps.append(logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(dim=1))
     return torch.cat(logps)
-
-
-def _unpacked(logps: Tensor) -> tuple[Tensor, Tensor]:
-    value, tangent = forward_ad.unpack_dual(logps)
-    return value, torch.zeros_like(value) if tangent is None else tangent

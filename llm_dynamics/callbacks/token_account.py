@@ -1,0 +1,200 @@
+"""The tables of training tokens: what each of them did to a family or a probe in a finished step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from llm_dynamics.callbacks.finished_step import FinishedStep
+from llm_dynamics.callbacks.sharding import gather_frames, sum_over_processes, union_over_processes
+from llm_dynamics.callbacks.training_examples import TrainingExamples, describe_examples
+from llm_dynamics.influence import MicroBatch, TokenInfluence, influence_of_training_tokens
+from llm_dynamics.influence.tape import Labelling
+
+
+@dataclass(frozen=True)
+class TokenAccount:
+    """Training tokens of a step over all processes.
+
+    Attributes:
+        examples: Rows of `schema.TRAINING_EXAMPLES`, step excepted.
+        tokens: Rows of `schema.TRAINING_TOKENS`, step excepted.
+        maps: Rows of `schema.INFLUENCE_MAPS`, or None where no probe asked for one.
+        own: By family and label of tokens: what examples with the probes' own prompts did to the family's mean, nats.
+        replay_error: Largest difference between a replayed log-prob and the one in training, nats.
+    """
+
+    examples: pd.DataFrame
+    tokens: pd.DataFrame
+    maps: pd.DataFrame | None
+    own: Mapping[tuple[str, str], float]
+    replay_error: float
+
+
+class TokenAccountant:
+    """Accounts for a step by its training tokens.
+
+    Args:
+        step: The step.
+        roles: Names the role of training examples.
+        prompts: Prompt id of every probe prompt, by its token ids.
+        decode: Text of token ids.
+        temperature: What the loss divides logits by.
+    """
+
+    def __init__(
+        self,
+        step: FinishedStep,
+        roles: Labelling,
+        prompts: Mapping[tuple[int, ...], str],
+        decode: Callable[[list[int]], str],
+        temperature: float,
+    ) -> None:
+        self.step = step
+        self.temperature = temperature
+        self.replay_error = 0.0
+        self.local: TrainingExamples = describe_examples(
+            step.tape.batches, roles, prompts, decode, n_processes=step.accelerator.num_processes
+        )
+
+    def account(self, families: Sequence[str], map_probes: Sequence[str]) -> TokenAccount:
+        """Return the tables.
+
+        Args:
+            families: Families whose training tokens are told apart.
+            map_probes: Probes whose influence maps are drawn, against the training example that moved them most.
+        """
+        step = self.step
+        tokens, maps = [], []
+        for family in families:
+            gradient = step.gradient(partial(step.family_mean, family))
+            shares = self._influence(step.tape.batches, gradient).shares
+            tokens.append(self.local.tokens.assign(target=family, kind="family", share=shares.numpy()))
+        for probe in map_probes:
+            gradient = step.gradient(partial(step.probe_sum, probe))
+            shares = self._influence(step.tape.batches, gradient).shares
+            frame = self.local.tokens.assign(target=probe, kind="probe", share=shares.numpy())
+            tokens.append(frame)
+            maps.append(self._map(probe, frame))
+        own = self._own_shares(families)
+        return TokenAccount(
+            examples=self._numbered([self.local.examples]),
+            tokens=self._numbered(tokens),
+            maps=self._numbered(maps) if map_probes else None,
+            own=own,
+            replay_error=max(gather_object([self.replay_error])),
+        )
+
+    def _influence(self, batches: Sequence[MicroBatch], gradient: Mapping[str, Tensor]) -> TokenInfluence:
+        step = self.step
+        found = influence_of_training_tokens(
+            step.model,
+            step.split,
+            batches,
+            step.before,
+            step.update.per_gradient,
+            gradient,
+            temperature=self.temperature,
+            n_processes=step.accelerator.num_processes,
+        )
+        self.replay_error = max(self.replay_error, found.replay_error)
+        return found
+
+    def _own_shares(self, families: Sequence[str]) -> dict[tuple[str, str], float]:
+        step, examples = self.step, self.local.examples
+        labels = union_over_processes(step.tape.parts)
+        own = {(family, label): 0.0 for family in families for label in labels}
+        for family in families:
+            for prompt in union_over_processes(examples["prompt_id"].dropna()):
+                gradient = step.gradient(partial(step.family_mean, family, prompt))
+                mine = examples.loc[examples["prompt_id"] == prompt, "example"].tolist()
+                for batch in restricted(step.model, step.tape.batches, mine):
+                    shares = self._influence([batch], gradient).shares
+                    assert step.tape.labelling is not None
+                    for label, mask in step.tape.labelling(batch).items():
+                        own[family, label] += float(shares[mask[batch.has_loss].cpu()].sum())
+        total = sum_over_processes(np.array(list(own.values())))
+        return dict(zip(own, total.tolist(), strict=True))
+
+    def _map(self, probe: str, influence: pd.DataFrame) -> pd.DataFrame:
+        """Return M x L shares of a probe's tokens and the tokens of the example, on any process, that moved it most."""
+        step = self.step
+        by_example = influence.groupby("example")["share"].sum().abs()
+        strongest = gather_object([float(by_example.max()) if len(by_example) else -1.0])
+        here = strongest.index(max(strongest)) == step.accelerator.process_index
+        example = int(by_example.index[int(by_example.argmax())]) if here else -1
+        batches = restricted(step.model, step.tape.batches, [example])
+        positions = influence.loc[influence["example"] == example, "position"].to_numpy()
+        rows = [pd.DataFrame({"m": [], "l": [], "share": []})]
+        for m in range(max(gather_object([self._length_of(probe)]))):
+            gradient = step.gradient(partial(self._token_of, probe, m))
+            if here:
+                shares = torch.cat([self._influence([batch], gradient).shares for batch in batches])
+                rows.append(pd.DataFrame({"m": m, "l": positions, "share": shares.numpy()}))
+        return pd.concat(rows, ignore_index=True).assign(probe_id=probe, example=example)
+
+    def _length_of(self, probe: str) -> int:
+        here = (self.step.table["probe_id"] == probe).to_numpy().nonzero()[0]
+        return len(self.step.encoded[here[0]].response_ids) if len(here) else 0
+
+    def _token_of(self, probe: str, m: int) -> Tensor:
+        weights = self.step.probe_sum(probe)
+        places = weights.nonzero()[:, 0]
+        only = torch.zeros_like(weights)
+        only[places[m : m + 1]] = 1.0
+        return only
+
+    def _numbered(self, frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+        """Stack frames of all processes, with examples counted over the global batch."""
+        index = self.step.accelerator.process_index
+        sizes = np.zeros(self.step.accelerator.num_processes)
+        sizes[index] = self.local.examples["example"].max() + 1
+        offset = int(sum_over_processes(sizes)[:index].sum())
+        frame = pd.concat(frames, ignore_index=True)
+        return gather_frames(frame.assign(example=frame["example"] + offset, order=index), "order")
+
+
+def restricted(model: nn.Module, batches: Sequence[MicroBatch], examples: Sequence[int]) -> list[MicroBatch]:
+    """Return the micro-batches with only some examples' losses: whole, where their dropout must be drawn again.
+
+    Args:
+        model: The model, in the modes of training.
+        batches: The micro-batches.
+        examples: Which examples' coefficients to keep.
+    """
+    kept = []
+    for batch in batches:
+        wanted = torch.isin(batch.example, torch.tensor(list(examples), device=batch.example.device, dtype=torch.long))
+        alone = replace(batch, c=batch.c * wanted)
+        rows = alone.has_loss.any(dim=1)
+        if not rows.any():
+            continue
+        if not draws_random(model):
+            size = len(rows)
+            inputs = {
+                name: value[rows] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size else value
+                for name, value in batch.inputs.items()
+            }
+            alone = MicroBatch(
+                inputs, batch.labels[rows], batch.logps[rows], alone.c[rows], batch.example[rows], batch.shifted, None
+            )
+        kept.append(alone)
+    return kept
+
+
+def draws_random(model: nn.Module) -> bool:
+    """Tell whether a forward in training draws dropout masks."""
+    if not model.training:
+        return False
+    if any(isinstance(module, nn.Dropout) and module.p > 0 and module.training for module in model.modules()):
+        return True
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    settings = [item for config in configs.values() for item in vars(config).items()]
+    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in settings)
