@@ -7,28 +7,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_dynamics.callbacks.influence import InfluenceCallback
     from llm_dynamics.callbacks.probe import ProbeCallback
     from llm_dynamics.callbacks.watch import watch
+    from llm_dynamics.influence import LossTape, account_for_change, split_update
+    from llm_dynamics.kernel import token_kernel
     from llm_dynamics.likelihood import score_responses, squeezing_stats
     from llm_dynamics.probes import Probe, ProbeSet, encode_probes
     from llm_dynamics.report import write_report
     from llm_dynamics.runlog import load_run, load_runs
 
 __all__ = [
+    "InfluenceCallback",
+    "LossTape",
     "Probe",
     "ProbeCallback",
     "ProbeSet",
+    "account_for_change",
     "encode_probes",
     "load_run",
     "load_runs",
     "score_responses",
+    "split_update",
     "squeezing_stats",
+    "token_kernel",
     "watch",
     "write_report",
 ]
 
 _FOLDERS = {
-    "callbacks": ("ProbeCallback", "watch"),
+    "callbacks": ("InfluenceCallback", "ProbeCallback", "watch"),
+    "influence": ("LossTape", "account_for_change", "split_update"),
+    "kernel": ("token_kernel",),
     "likelihood": ("score_responses", "squeezing_stats"),
     "probes": ("Probe", "ProbeSet", "encode_probes"),
     "report": ("write_report",),

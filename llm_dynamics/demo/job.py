@@ -38,6 +38,7 @@ class DemoSettings:
         dpo_steps: Optimizer steps of DPO.
         sft_every: Steps between observations in SFT.
         dpo_every: Steps between observations in DPO.
+        dpo_tokens_every: Steps between tables of training tokens in DPO.
         sft_batch: Rows per SFT step.
         dpo_batch: Pairs per DPO step.
         sft_learning_rate: AdamW's, constant.
@@ -52,6 +53,7 @@ class DemoSettings:
     dpo_steps: int = 24
     sft_every: int = 2
     dpo_every: int = 2
+    dpo_tokens_every: int = 6
     sft_batch: int = 8
     dpo_batch: int = 4
     sft_learning_rate: float = 2e-4
@@ -129,7 +131,7 @@ def run_demo(settings: DemoSettings, folder: Path, notify: Notify) -> DemoResult
     )
     _train(sft, probes, settings.sft_every)
 
-    notify(f"DPO on the pairs: {settings.dpo_steps} steps, observed every {settings.dpo_every}")
+    notify(f"DPO on the pairs: {settings.dpo_steps} steps, observed every {settings.dpo_every}, each explained")
     pairs = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in train]
     with tempfile.TemporaryDirectory() as scratch:
         dpo = DPOTrainer(
@@ -144,7 +146,7 @@ def run_demo(settings: DemoSettings, folder: Path, notify: Notify) -> DemoResult
             processing_class=tokenizer,
             peft_config=_adapter(settings),
         )
-        _train(dpo, probes, settings.dpo_every)
+        _train(dpo, probes, settings.dpo_every, influence=influence_settings(probes, settings))
 
     runs = load_runs({"sft": folder / "sft", "dpo": folder / "dpo"})
     page = write_report(runs, folder / "report.html", title="SFT, then DPO: what moved")
@@ -180,10 +182,22 @@ class _BarOnly(ProgressCallback):
         """Print nothing."""
 
 
-def _train(trainer: Trainer, probes: ProbeSet, every: int) -> None:
+def influence_settings(probes: ProbeSet, settings: DemoSettings) -> dict[str, Any]:
+    """Return how DPO is explained: every step, the pair's families, and the training tokens of one chosen response."""
+    one = next(probe.probe_id for probe in probes if probe.family == "chosen")
+    return {
+        "every": 1,
+        "families": ["chosen", "rejected"],
+        "training_tokens": ["chosen", "rejected", one],
+        "tokens_every": settings.dpo_tokens_every,
+        "history": "split",
+    }
+
+
+def _train(trainer: Trainer, probes: ProbeSet, every: int, influence: bool | dict[str, Any] = False) -> None:
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_BarOnly)
-    watch(trainer, probes, every)
+    watch(trainer, probes, every, influence=influence)
     trainer.train()
 
 

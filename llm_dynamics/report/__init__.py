@@ -3,8 +3,19 @@
 Reads only what `runlog` wrote; never loads a model.
 """
 
+from llm_dynamics.report.causes import family_accounts
 from llm_dynamics.report.page import write_report
 from llm_dynamics.report.statements import Statement, reading
 from llm_dynamics.report.summary import family_curves, squeezing_curves, what_moved
+from llm_dynamics.report.training_tokens import strongest_tokens
 
-__all__ = ["Statement", "family_curves", "reading", "squeezing_curves", "what_moved", "write_report"]
+__all__ = [
+    "Statement",
+    "family_accounts",
+    "family_curves",
+    "reading",
+    "squeezing_curves",
+    "strongest_tokens",
+    "what_moved",
+    "write_report",
+]

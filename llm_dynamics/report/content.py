@@ -15,7 +15,7 @@ from llm_dynamics.report.families import ARGMAX, GROUPS, argmax_of, ordered, sty
 from llm_dynamics.report.measured import measured
 from llm_dynamics.report.statements import reading
 from llm_dynamics.report.summary import family_curves, squeezing_curves, what_moved
-from llm_dynamics.report.text import nats, prompt_text, token_label, visible
+from llm_dynamics.report.text import nats, prompt_text, shortened, token_label, visible
 from llm_dynamics.report.tokens import TokenHistory, pick_heatmap_probes, token_histories
 from llm_dynamics.runlog import RunLog, RunLogs
 
@@ -108,8 +108,7 @@ def menu(heatmaps: list[tuple[str, TokenHistory]]) -> list[dict[str, Any]]:
     """Group the heat-maps by run and prompt for the menu; `place` is the index into the embedded data."""
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for place, (run, history) in enumerate(heatmaps):
-        prompt = " ".join(visible(prompt_text(history.prompt)).split())
-        label = f"{run} · {prompt if len(prompt) <= 60 else prompt[:59] + '…'}"
+        label = f"{run} · {shortened(prompt_text(history.prompt), 60)}"
         group = groups.setdefault((run, history.prompt_id), {"label": label, "members": []})
         change = sum(float(x) for x in history.change[-1] if math.isfinite(x))
         group["members"].append({"place": place, "name": f"{history.family} ({nats(change, sign=True)} nats)"})

@@ -1,6 +1,6 @@
 // Draws the figures of the report from the data embedded in the page. Untrusted text reaches the DOM through
 // textContent alone, and plotly through escaped().
-(() => {
+const page = (() => {
   "use strict";
   const report = JSON.parse(document.getElementById("report-data").textContent);
   const root = document.documentElement;
@@ -211,7 +211,7 @@
   }
 
   // ---- life of the page
-  const drawAll = () => { drawCurves(); drawSqueezing(); drawTokens(); };
+  const drawAll = () => { drawCurves(); drawSqueezing(); drawTokens(); document.dispatchEvent(new Event("draw")); };
   if (!report.compares) document.querySelector("#curve-controls [value=value]").checked = true;
   bindCurves();
   document.getElementById("probe")?.addEventListener("change", drawTokens);
@@ -223,4 +223,5 @@
   window.addEventListener("afterprint", () => { delete root.dataset.print; drawAll(); });
   drawAll();
   root.dataset.drawn = "";
+  return { report, all, css, draw, escaped, isDark, signed, touch };
 })();

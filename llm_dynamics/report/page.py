@@ -21,7 +21,8 @@ from plotly.offline import get_plotlyjs
 
 from llm_dynamics.report import content
 from llm_dynamics.report.figures import PANELS
-from llm_dynamics.report.text import json_for_script, nats
+from llm_dynamics.report.text import json_for_script, nats, precise_nats
+from llm_dynamics.report.why import MAX_TOKENS, explained_runs, why
 from llm_dynamics.runlog import RunLog, RunLogs
 
 
@@ -42,17 +43,21 @@ def write_report(runs: RunLogs | RunLog, path: str | Path, *, title: str = "What
     if isinstance(runs, RunLog):
         runs = RunLogs({runs.name: runs})
     heatmaps = content.embedded_heatmaps(runs)
-    script = _asset("page.js")
+    explained = explained_runs(runs)
+    whys = [why(name, run, MAX_TOKENS // len(explained)) for name, run in explained.items()]
+    parts = ["page", "why"] if whys else ["page"]  # a page without accounts carries nothing for them
+    script = "\n".join(_asset(f"{part}.js") for part in parts)
     # Markup marks what is not to be escaped again: files of this package, plotly.js, and JSON made safe for a script.
     page = _template().render(
         title=title,
         policy=_policy(get_plotlyjs(), script),
-        style=Markup(_asset("page.css")),
+        style=Markup("\n".join(_asset(f"{part}.css") for part in parts)),
         plotly=Markup(get_plotlyjs()),
         script=Markup(script),
-        data=Markup(json_for_script(content.script_data(runs, heatmaps))),
+        data=Markup(json_for_script(content.script_data(runs, heatmaps) | {"why": [data for _, data in whys]})),
         runs=[content.run_view(name, run) for name, run in runs.runs.items()],
         legend=content.legend(runs),
+        why=[view for view, _ in whys],
         panels=PANELS,
         heatmaps=content.menu(heatmaps),
         n_heatmaps=len(heatmaps),
@@ -79,10 +84,15 @@ def _asset(name: str) -> str:
 @cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(_asset),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["nats"] = nats
-    return environment.from_string(_asset("page.html.j2"))
+    environment.filters["precise_nats"] = precise_nats
+    return environment.get_template("page.html.j2")
 
 
 def _version() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from llm_dynamics.report.families import ARGMAX
 from llm_dynamics.report.summary import family_curves, margin_path, what_moved
-from llm_dynamics.report.text import nats
+from llm_dynamics.report.text import precise_nats
 from llm_dynamics.runlog import RunLog
 
 _Row = Mapping[Hashable, Any]
@@ -148,7 +148,5 @@ def _path(row: _Row) -> str:
 
 
 def _nats(value: float, *, sign: bool = True, unit: bool = True) -> str:
-    """Write a number of nats with enough digits to be told from zero."""
-    digits = 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 4
-    text = nats(value, sign, digits)
+    text = precise_nats(value, sign)
     return f"{text} nats" if unit else text

@@ -55,6 +55,16 @@ def nats(value: float, sign: bool = False, digits: int = 1) -> str:
     return format(value, f"{'+' if sign else ''}.{digits}f").replace("-", "−")
 
 
+def rounded(value: float | None, digits: int = 5) -> float | None:
+    """Round to `digits` significant digits; None for what is not finite: JSON knows neither NaN nor infinity."""
+    return float(f"{value:.{digits}g}") if value is not None and math.isfinite(value) else None
+
+
+def precise_nats(value: float, sign: bool = True) -> str:
+    """Write a number of nats with enough digits to be told from zero."""
+    return nats(value, sign, 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 4)
+
+
 def prompt_text(prompt: str) -> str:
     """Return a prompt as people read it: chat messages, kept as JSON in the run log, become `role: content` lines."""
     try:
@@ -66,6 +76,20 @@ def prompt_text(prompt: str) -> str:
     if not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages):
         return prompt
     return "\n".join(f"{message['role']}: {_content(message['content'])}" for message in messages)
+
+
+def prompt_line(prompt: str, longest: int = 90) -> str:
+    """Return a prompt as one short line: of a chat, the last thing that the user said."""
+    text = prompt_text(prompt)
+    if text != prompt:
+        text = f"\n{text}".rsplit("\nuser: ", 1)[-1]
+    return shortened(text, longest)
+
+
+def shortened(text: str, longest: int) -> str:
+    """Return `text` on one line, visible and cut to `longest` characters."""
+    line = " ".join(visible(text).split())
+    return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
 def _content(content: Any) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llm_dynamics.report.families import ordered
-from llm_dynamics.runlog import RunLog, RunLogError, schema
-from llm_dynamics.runlog.reader import read_part
+from llm_dynamics.runlog import RunLog, schema
 
 _COLUMNS = ["step", "probe_id", "position", "token", "logp", "rank", "greedy_token"]
 
@@ -72,8 +70,7 @@ def read_tokens(run: RunLog, probe_ids: Collection[str]) -> pd.DataFrame:
     """
     wanted = pa.array(list(probe_ids), type=pa.string())
     parts = [
-        table.filter(pc.is_in(table["probe_id"], value_set=wanted)).select(_COLUMNS)
-        for table in _token_parts(run, run.observed_steps)
+        table.filter(pc.is_in(table["probe_id"], value_set=wanted)).select(_COLUMNS) for table in run.parts("tokens")
     ]
     frame = pa.concat_tables(parts).to_pandas() if parts else schema.TOKENS.empty_table().select(_COLUMNS).to_pandas()
     return frame.sort_values(["probe_id", "step", "position"], ignore_index=True)
@@ -93,7 +90,7 @@ def probes_with_tokens(run: RunLog) -> pd.DataFrame:
         Columns `probe_id`, `prompt_id`, `family` and `change` (nats, of the summed log-prob from first to last
         observation; NaN where not finite, and then last).
     """
-    newest = next(_token_parts(run, reversed(run.observed_steps)), None)
+    newest = next(run.parts("tokens", reversed(run.observed_steps)), None)
     kept = set() if newest is None else set(newest["probe_id"].to_pylist())
     frame = run.delta_from_start()
     last = frame[(frame["step"] == frame["step"].max()) & frame["probe_id"].isin(kept)]
@@ -137,19 +134,6 @@ def pick_heatmap_probes(run: RunLog, n: int) -> list[str]:
         queue += [str(by_family[family]) for family in ordered(by_family.index)]
     queue += [str(name) for name in pairs["probe_id"]] + [str(name) for name in probes["probe_id"]]
     return list(dict.fromkeys(queue))[:n]
-
-
-def _token_parts(run: RunLog, steps: Iterable[int]) -> Iterator[pa.Table]:
-    for step in steps:
-        file = run.path / "tokens" / schema.part_name(step)
-        if not file.exists():
-            continue  # an observation keeps no tokens once the token budget is spent
-        try:
-            yield read_part(file, schema.TOKENS)
-        except RunLogError as error:
-            if run.errors == "raise":
-                raise
-            warnings.warn(f"left out of tokens: {error}", stacklevel=3)
 
 
 def _history(about: Mapping[Hashable, Any], rows: pd.DataFrame) -> TokenHistory:

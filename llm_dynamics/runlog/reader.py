@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,80 +11,15 @@ from typing import Any, Literal
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from llm_dynamics.runlog import schema
+from llm_dynamics.runlog.family_influence import family_influence
+from llm_dynamics.runlog.parts import RunLogError, completed_steps, find_run_log, read_meta, read_part
 
 OnError = Literal["raise", "warn"]
 
-
-class RunLogError(ValueError):
-    """A file of a run log is missing, truncated, of another schema version or not a run log's at all."""
-
-
-def find_run_log(path: str | Path) -> Path:
-    """Return the run-log folder at `path`: the folder itself, or its `dynamics/` subfolder.
-
-    Raises:
-        RunLogError: Where neither holds a `meta.json`; the message names what was looked for.
-    """
-    path = Path(path)
-    for folder in (path, path / schema.FOLDER):
-        if (folder / schema.META_FILE).is_file():
-            return folder
-    raise RunLogError(
-        f"no run log at {path}: neither {path / schema.META_FILE} nor {path / schema.FOLDER / schema.META_FILE} "
-        f"exists. Give the trainer's output_dir or the `{schema.FOLDER}` folder in it."
-    )
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """Read `meta.json` of the run log at `folder`.
-
-    Raises:
-        RunLogError: Where it is not readable JSON, or was written by another schema version.
-    """
-    file = folder / schema.META_FILE
-    try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunLogError(f"cannot read {file}: {error}") from error
-    version = meta.get("schema_version") if isinstance(meta, dict) else None
-    if version != schema.SCHEMA_VERSION:
-        raise RunLogError(
-            f"{file} has schema version {version!r}; this version of llm_dynamics reads {schema.SCHEMA_VERSION}. "
-            "The Parquet files can still be read with pandas.read_parquet."
-        )
-    return meta
-
-
-def read_part(file: Path, expected: pa.Schema) -> pa.Table:
-    """Read one Parquet file and check that it holds at least the columns of `expected`, with their types.
-
-    Raises:
-        RunLogError: Where the file is missing, truncated, not Parquet or of another layout; the message names it.
-    """
-    try:
-        table = pq.ParquetFile(file).read()
-    except (OSError, pa.ArrowException) as error:
-        raise RunLogError(f"cannot read {file}: {error}") from error
-    wrong = [
-        f"{field.name} ({field.type})"
-        for field in expected
-        if field.name not in table.column_names or table.schema.field(field.name).type != field.type
-    ]
-    if wrong:
-        raise RunLogError(
-            f"{file} is not part of a run log: missing or of another type: {', '.join(wrong)}; "
-            f"seen: {', '.join(table.column_names)}"
-        )
-    return table
-
-
-def completed_steps(folder: Path) -> list[int]:
-    """Return the steps whose observation is complete (its `steps` part, written last, exists), ascending."""
-    names = (part.name for part in (folder / "steps").glob("step_*.parquet"))
-    return sorted(step for step in map(schema.part_step, names) if step is not None)
+_MAY_LACK = frozenset(schema.ACCOUNT_TABLES) - {"influence", "accounts"} | {"tokens"}
+"""Tables that a complete observation or account may be without: the token budget was spent, nobody asked for them."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +64,45 @@ class RunLog:
         """One row per observation; columns of `schema.STEPS` and the run's metrics."""
         return self._read("steps")
 
+    @cached_property
+    def influence(self) -> pd.DataFrame:
+        """One row per target (probe or family), cause and explained step; columns of `schema.INFLUENCE`."""
+        return self._read("influence")
+
+    @cached_property
+    def influence_tokens(self) -> pd.DataFrame:
+        """One row per probe token, cause and explained step, where they were asked for."""
+        return self._read("influence_tokens")
+
+    @cached_property
+    def training_examples(self) -> pd.DataFrame:
+        """One row per training example of each explained step."""
+        return self._read("training_examples")
+
+    @cached_property
+    def training_tokens(self) -> pd.DataFrame:
+        """One row per target, training token and explained step."""
+        return self._read("training_tokens")
+
+    @cached_property
+    def influence_maps(self) -> pd.DataFrame:
+        """One row per probe token and training token of the selected pairs."""
+        return self._read("influence_maps")
+
+    @cached_property
+    def accounts(self) -> pd.DataFrame:
+        """One row per explained step: how well the account balances."""
+        return self._read("accounts")
+
     @property
     def observed_steps(self) -> list[int]:
         """Optimizer steps at which a complete observation exists, ascending."""
         return completed_steps(self.path)
+
+    @property
+    def explained_steps(self) -> list[int]:
+        """Optimizer steps that have a complete account, ascending; empty where none was asked for."""
+        return completed_steps(self.path, "accounts")
 
     def delta_from_start(self) -> pd.DataFrame:
         """Return `sequences` with the change of each probe since the first observation.
@@ -147,21 +116,49 @@ class RunLog:
         delta = frame["logp_sum"] - start
         return frame.assign(delta_logp_sum=delta, delta_logp_mean=delta / frame["n_tokens"])
 
-    def _read(self, name: str) -> pd.DataFrame:
-        tables = []
-        for step in completed_steps(self.path):
-            file = self.path / name / schema.part_name(step)
-            if name == "tokens" and not file.exists():
-                continue  # an observation keeps no tokens once the token budget is spent; meta.json says so
+    def family_influence(self) -> pd.DataFrame:
+        """Return what each cause did to each family in each explained step, whichever detail was logged.
+
+        Returns:
+            Columns `step`, `family`, `cause`; `share`, `own_share` and `measured`, means over the family's probes
+            (nats, of the summed log-prob); `n_probes`, probes of the mean; `n_nonfinite`, probes left out of it because
+            a number of theirs is not finite. See `runlog.family_influence`.
+        """
+        return family_influence(self.influence)
+
+    def parts(self, table: str, steps: Iterable[int] | None = None) -> Iterator[pa.Table]:
+        """Yield the parts of a table one by one, so that a long run's tokens need not lie in memory whole.
+
+        Args:
+            table: A name in `schema.TABLES`.
+            steps: The steps wanted, in the order wanted; all complete ones, ascending, where None.
+
+        Yields:
+            The part of each step as an Arrow table. A step without a part is passed over where the table may lack one.
+
+        Raises:
+            RunLogError: Where a part is unreadable and the run was opened with `errors="raise"`.
+        """
+        if steps is None:
+            steps = self.observed_steps if table in schema.OBSERVED_TABLES else self.explained_steps
+        for step in steps:
+            file = self.path / table / schema.part_name(step)
+            if table in _MAY_LACK and not file.exists():
+                continue
             try:
-                tables.append(read_part(file, schema.OBSERVED_TABLES[name]))
+                part = read_part(file, schema.TABLES[table])
             except RunLogError as error:
                 if self.errors == "raise":
                     hint = 'load_run(path, errors="warn") reads the rest.'
                     raise RunLogError(f"{str(error).rstrip('.')}. {hint}") from error
-                warnings.warn(f"left out of {name}: {error}", stacklevel=3)
+                warnings.warn(f"left out of {table}: {error}", stacklevel=4)
+            else:
+                yield part
+
+    def _read(self, name: str) -> pd.DataFrame:
+        tables = list(self.parts(name))
         if not tables:
-            return schema.OBSERVED_TABLES[name].empty_table().to_pandas()
+            return schema.TABLES[name].empty_table().to_pandas()
         return pa.concat_tables(tables, promote_options="default").to_pandas()
 
 
@@ -221,6 +218,36 @@ class RunLogs:
         """Steps of all runs."""
         return self._concat("steps")
 
+    @cached_property
+    def influence(self) -> pd.DataFrame:
+        """Influence of all runs."""
+        return self._concat("influence")
+
+    @cached_property
+    def influence_tokens(self) -> pd.DataFrame:
+        """Influence per probe token of all runs."""
+        return self._concat("influence_tokens")
+
+    @cached_property
+    def training_examples(self) -> pd.DataFrame:
+        """Training examples of the explained steps of all runs."""
+        return self._concat("training_examples")
+
+    @cached_property
+    def training_tokens(self) -> pd.DataFrame:
+        """Training tokens of the explained steps of all runs."""
+        return self._concat("training_tokens")
+
+    @cached_property
+    def influence_maps(self) -> pd.DataFrame:
+        """Maps of probe token by training token of all runs."""
+        return self._concat("influence_maps")
+
+    @cached_property
+    def accounts(self) -> pd.DataFrame:
+        """Accounts of all runs."""
+        return self._concat("accounts")
+
     @property
     def meta(self) -> dict[str, dict[str, Any]]:
         """`meta.json` of every run."""
@@ -229,6 +256,10 @@ class RunLogs:
     def delta_from_start(self) -> pd.DataFrame:
         """Return `delta_from_start` of every run; each run counts from its own first observation."""
         return self._named({name: run.delta_from_start() for name, run in self.runs.items()})
+
+    def family_influence(self) -> pd.DataFrame:
+        """Return `family_influence` of every run."""
+        return self._named({name: run.family_influence() for name, run in self.runs.items()})
 
     def _concat(self, table: str) -> pd.DataFrame:
         return self._named({name: getattr(run, table) for name, run in self.runs.items()})

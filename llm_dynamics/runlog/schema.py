@@ -9,6 +9,8 @@ Layout under `<output_dir>/dynamics/`::
     steps/step_000000025.parquet       one row: the scalars of the observation; written last, so that its presence
                                        marks the observation as complete
 
+The tables of the step account lie beside them, see `influence_schema`; the mapping `ACCOUNT_TABLES` is here as well.
+
 Log-probabilities are natural logarithms (nats). A column that ends in `_sum` is a sum over the M response tokens of a
 probe; divide by `n_tokens` for a mean.
 """
@@ -20,17 +22,17 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
+from llm_dynamics.runlog.columns import described
+from llm_dynamics.runlog.influence_schema import ACCOUNT_TABLES as ACCOUNT_TABLES
+from llm_dynamics.runlog.influence_schema import ACCOUNTS as ACCOUNTS
+from llm_dynamics.runlog.influence_schema import INFLUENCE as INFLUENCE
+
 SCHEMA_VERSION = 1
 FOLDER = "dynamics"
 META_FILE = "meta.json"
 PROBES_FILE = "probes.parquet"
 
-
-def _schema(columns: Mapping[str, tuple[pa.DataType, str]]) -> pa.Schema:
-    return pa.schema([pa.field(name, type_, metadata={"doc": doc}) for name, (type_, doc) in columns.items()])
-
-
-PROBES = _schema(
+PROBES = described(
     {
         "probe_id": (pa.string(), "unique name of the probe"),
         "prompt_id": (pa.string(), "probes of one prompt share it"),
@@ -44,7 +46,7 @@ PROBES = _schema(
     }
 )
 
-SEQUENCES = _schema(
+SEQUENCES = described(
     {
         "step": (pa.int64(), "optimizer steps done when observed"),
         "probe_id": (pa.string(), "see probes.parquet"),
@@ -70,7 +72,7 @@ SEQUENCES = _schema(
     }
 )
 
-TOKENS = _schema(
+TOKENS = described(
     {
         "step": (pa.int64(), "optimizer steps done when observed"),
         "probe_id": (pa.string(), "see probes.parquet"),
@@ -94,7 +96,7 @@ TOKENS = _schema(
     }
 )
 
-STEPS = _schema(
+STEPS = described(
     {
         "step": (pa.int64(), "optimizer steps done when observed"),
         "epoch": (pa.float64(), "epoch of the trainer, fractional"),
@@ -113,6 +115,9 @@ STEPS = _schema(
 
 OBSERVED_TABLES: Mapping[str, pa.Schema] = {"sequences": SEQUENCES, "tokens": TOKENS, "steps": STEPS}
 """Tables with one part per observation, in the order they are written: `steps` is last and marks completeness."""
+
+TABLES: Mapping[str, pa.Schema] = {**OBSERVED_TABLES, **ACCOUNT_TABLES}
+"""All tables that are written in parts."""
 
 
 def part_name(step: int) -> str:

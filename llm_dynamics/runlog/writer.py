@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm_dynamics.runlog import schema
-from llm_dynamics.runlog.reader import RunLogError, completed_steps, read_meta
+from llm_dynamics.runlog.parts import RunLogError, completed_steps, read_meta
 
 _IDENTITY = ("schema_version", "probes_fingerprint")
 """Keys of meta.json that a resumed run must share with the run it continues."""
@@ -47,7 +47,7 @@ class RunLogWriter:
         if self.folder.exists() and any(self.folder.iterdir()):
             moved = _free_name(self.folder)
             self.folder.rename(moved)
-        for table in schema.OBSERVED_TABLES:
+        for table in schema.TABLES:
             (self.folder / table).mkdir(parents=True, exist_ok=True)
         _write_table(self.folder / schema.PROBES_FILE, _to_arrow(probes, schema.PROBES))
         self.meta = {"schema_version": schema.SCHEMA_VERSION, **meta}
@@ -55,10 +55,10 @@ class RunLogWriter:
         return moved
 
     def resume(self, step: int, meta: Mapping[str, Any]) -> list[int]:
-        """Continue the run log from a checkpoint: drop what was observed after it.
+        """Continue the run log from a checkpoint: drop what was observed and explained after it.
 
         Args:
-            step: Optimizer step of the checkpoint; observations up to and including it are kept.
+            step: Optimizer step of the checkpoint; observations and accounts up to and including it are kept.
             meta: What `meta.json` shall say; keys that only the first run set stay.
 
         Returns:
@@ -76,15 +76,8 @@ class RunLogWriter:
                 f"cannot continue the run log at {self.folder}: {shown}. Resume with the probes of the first run, "
                 "or move the run log elsewhere and start a new one."
             )
-        kept = {done for done in completed_steps(self.folder) if done <= step}
-        dropped: set[int] = set()
-        for table in list(schema.OBSERVED_TABLES)[::-1]:  # `steps` first: a part without it counts as never written
-            (self.folder / table).mkdir(exist_ok=True)  # copies by git or object stores lose empty folders
-            for part in (self.folder / table).iterdir():
-                done = schema.part_step(part.name)
-                if done is not None and done not in kept:
-                    part.unlink()
-                    dropped.add(done)
+        dropped = self._drop_after(step, schema.OBSERVED_TABLES)
+        self._drop_after(step, schema.ACCOUNT_TABLES)
         for left_by_a_killed_writer in self.folder.rglob(".*.tmp"):
             left_by_a_killed_writer.unlink()
         # What the first run decided stays: which probes keep their tokens, for one.
@@ -121,6 +114,39 @@ class RunLogWriter:
         extended = pa.schema([*schema.STEPS, *(pa.field(name, pa.float64()) for name in metrics)])
         _write_table(self.folder / "steps" / part, _to_arrow(row, extended))
 
+    def write_account(self, step: int, tables: Mapping[str, pd.DataFrame], account: Mapping[str, Any]) -> None:
+        """Write the account of one optimizer step.
+
+        Args:
+            step: Optimizer steps done after the explained update; an account of the same step is replaced.
+            tables: Frames by table name, with columns of `schema.ACCOUNT_TABLES` (`step` is filled in; a missing column
+                becomes null). `influence` is needed; of the others, those that were measured. A NaN stays a NaN: what
+                was not measured is None or `pd.NA`.
+            account: The row of `schema.ACCOUNTS`, without `step`; written last.
+
+        Raises:
+            ValueError: Where `influence` is missing or a table or column is not in the schema; nothing is written then.
+        """
+        written = {name: columns for name, columns in schema.ACCOUNT_TABLES.items() if name != "accounts"}
+        row = pd.DataFrame([account])
+        if "influence" not in tables or not tables.keys() <= written.keys():
+            raise ValueError(
+                f"tables of an account are {', '.join(written)}, and `influence` is needed; seen: {', '.join(tables)}"
+            )
+        for name, frame in {**tables, "accounts": row}.items():
+            names = schema.ACCOUNT_TABLES[name].names
+            unknown = [str(column) for column in frame.columns if column not in names]
+            if unknown:
+                raise ValueError(f"{name} has no column {', '.join(unknown)}; allowed: {', '.join(names)}")
+        part = schema.part_name(step)
+        (self.folder / "accounts" / part).unlink(missing_ok=True)  # not complete while it is replaced
+        for name, columns in written.items():
+            if name in tables:
+                _write_table(self.folder / name / part, _to_arrow(tables[name].assign(step=step), columns))
+            else:
+                (self.folder / name / part).unlink(missing_ok=True)
+        _write_table(self.folder / "accounts" / part, _to_arrow(row.assign(step=step), schema.ACCOUNTS))
+
     def exists(self) -> bool:
         """Tell whether there is a run log in the folder."""
         return (self.folder / schema.META_FILE).is_file()
@@ -140,6 +166,20 @@ class RunLogWriter:
     def part_bytes(self, table: str) -> list[int]:
         """Return the sizes on disk of the parts of `table`."""
         return [part.stat().st_size for part in (self.folder / table).glob("step_*.parquet")]
+
+    def _drop_after(self, step: int, tables: Mapping[str, pa.Schema]) -> set[int]:
+        """Delete the parts of `tables` after `step`, and those that were never completed; return their steps."""
+        *_, marker = tables
+        kept = {done for done in completed_steps(self.folder, marker) if done <= step}
+        dropped: set[int] = set()
+        for table in list(tables)[::-1]:  # the marker first: a part without it counts as never written
+            (self.folder / table).mkdir(exist_ok=True)  # copies by git or object stores lose empty folders
+            for part in (self.folder / table).iterdir():
+                done = schema.part_step(part.name)
+                if done is not None and done not in kept:
+                    part.unlink()
+                    dropped.add(done)
+        return dropped
 
     def update_meta(self, **changes: Any) -> None:
         """Set keys of `meta.json` and write it, atomically."""

@@ -2,7 +2,7 @@ import pytest
 
 from llm_dynamics.runlog import load_runs
 
-from .synthetic import DPO_DELTA, HOSTILE, SFT_DELTA, write_run
+from .synthetic import ANSWERS, DPO_DELTA, HOSTILE, SFT_DELTA, write_accounts, write_run
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +30,28 @@ def hostile(tmp_path_factory):
         {"chosen": -1.0, "rejected": -9.0, HOSTILE: -3.0}, words=[HOSTILE, "&lt;b&gt;", "\u202e", "\u2028"],
         text=HOSTILE, prompt=HOSTILE, n_prompts=2, meta={"note": HOSTILE, HOSTILE: {"deep": [HOSTILE]}},
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def explained(tmp_path_factory):
+    """A DPO run of which every optimizer step is explained."""
+    run = write_run(
+        tmp_path_factory.mktemp("explained") / "dynamics",
+        "DPOTrainer",
+        DPO_DELTA,
+        steps=(0, 12, 24),
+        seed=3,
+        n_prompts=3,
+    )
+    return write_accounts(run, nan_tokens=3)
+
+
+@pytest.fixture(scope="session")
+def hostile_account(tmp_path_factory):
+    """An explained run in which every free text is an attack."""
+    run = write_run(
+        tmp_path_factory.mktemp("hostile_account") / "dynamics", "DPOTrainer", {"chosen": -1.0, HOSTILE: -3.0},
+        words=[HOSTILE, "\u202e"], text=HOSTILE, prompt=HOSTILE, n_prompts=2, steps=(0, 3),
+    )  # fmt: skip
+    answers = {HOSTILE: f"{HOSTILE} \u202e x", "rejected": f"{ANSWERS['rejected']} {HOSTILE}"}
+    return write_accounts(run, steps=range(1, 4), roles=tuple(answers), answers=answers, note=HOSTILE, prompt=HOSTILE)

@@ -128,3 +128,91 @@ def write_values(folder: Path, values: dict, *, steps=(0, 10, 20), trainer="DPOT
         )
         writer.write(step, sequences=sequences, tokens=None, scalars=dict)
     return load_run(folder)
+
+
+ANSWERS = {
+    "chosen": "Lower the egg into gently boiling water, wait ten minutes, then cool it under the tap.",
+    "trained": "Lower the egg into gently boiling water and wait ten minutes.",
+    "rejected": "Eggs are fine however you cook them; just leave it in the pan until you remember it again.",
+}
+QUESTIONS = ("How long should I boil an egg?", "What do plants need to grow?", "Why is the sky blue?")
+
+
+def write_accounts(
+    run, *, steps=range(1, 25), families=None, detail="family", roles=("chosen", "rejected"), answers=None, seed=0,
+    n_prompts=3, probes=("chosen-0",), nan_tokens=0, nan_step=None, note=None, prompt=None, scale=1.0, own=True,
+):  # fmt: skip
+    """Add the accounts of some steps to a run log: rejected tokens push everything down, chosen tokens pull it up."""
+    rng = np.random.default_rng(seed)
+    writer = RunLogWriter(run.path)
+    families = list(families or dict.fromkeys(run.probes["family"]))
+    answers = answers or ANSWERS
+    for step in steps:
+        examples = pd.DataFrame(
+            {"example": 2 * number + place, "role": role, "prompt_id": f"prompt-{number}" if number < 2 else None,
+             "prompt": prompt or json.dumps([{"role": "user", "content": QUESTIONS[number % 3]}]),
+             "response": answers[role], "n_tokens": len(answers[role].split(" ")),
+             "c_sum": (-0.4 if place == 0 else 0.4)}
+            for number in range(n_prompts) for place, role in enumerate(roles)
+        )  # fmt: skip
+        causes = [_causes(family, step, rng, scale, own, len(roles) > 1) for family in families]
+        influence = pd.DataFrame(row | {"probe_id": None, "n_probes": 12} for rows in causes for row in rows)
+        if detail == "probe":
+            nats = ["share", "own_share", "measured"]
+            influence[nats] = influence[nats].astype(float)
+            influence = pd.concat(
+                influence.assign(
+                    probe_id=influence["family"] + f"-{number}", n_probes=1,
+                    **{name: influence[name] * size for name in nats},
+                )
+                for number, size in enumerate((0.5, 1.5))
+            )  # fmt: skip
+        if step == nan_step:
+            influence.loc[influence["family"] == families[0], ["share", "measured"]] = np.nan
+        tokens = [_training_tokens(name, "family", examples, rng, scale) for name in families]
+        tokens += [_training_tokens(name, "probe", examples, rng, scale) for name in probes]
+        frame = pd.concat(tokens, ignore_index=True)
+        if nan_tokens:
+            frame.loc[frame.index[:nan_tokens], "share"] = np.nan
+        account = {
+            "rule": "midpoint", "explained": 0.99998, "explained_by_gradient": 0.41, "measured_norm": 10.0 / step,
+            "remainder_norm": 0.04 / step, "learning_rate": 2e-4, "clip_factor": 1.0, "grad_norm": 3.0, "seconds": 1.0,
+            "optimizer": "AdamW", "note": note,
+        }  # fmt: skip
+        tables = {"influence": influence, "training_examples": examples, "training_tokens": frame}
+        writer.write_account(step, tables, account)
+    return load_run(run.path)
+
+
+def _causes(family, step, rng, scale, own, pushes_down):
+    """The rows of one family and step; the shares add up."""
+    size = scale * np.exp(-((step - 9) ** 2) / 90) * rng.uniform(0.7, 1.3)
+    down = pushes_down * -4.2 * size * {"rejected": 2.0, "chosen": 1.0}.get(family, 0.7)
+    up = 3.6 * size * {"rejected": 0.7, "chosen": 1.0}.get(family, 0.3)
+    shares = {
+        "momentum": 0.25 * (up + down) * min(step - 1, 4), "up": up, "down": down, "decay": -0.002 * scale,
+        "rounding": 0.001 * scale * rng.normal(), "remainder": 0.0005 * scale * rng.normal(),
+    }  # fmt: skip
+    shares = {cause: share for cause, share in shares.items() if share}
+    measured = sum(shares.values())
+    part = {"chosen": 0.6, "rejected": 0.65}.get(family, 0.2)
+    return [
+        {"family": family, "cause": cause, "share": share, "measured": measured,
+         "own_share": share * part if own and cause in ("up", "down") else None}
+        for cause, share in shares.items()
+    ]  # fmt: skip
+
+
+def _training_tokens(target, kind, examples, rng, scale):
+    rows = []
+    for example in examples.to_dict("records"):
+        words = example["response"].split(" ")
+        for place, word in enumerate(words):
+            sign = np.sign(example["c_sum"])
+            share = -sign * rng.exponential(0.12) * scale * (3 if word in ("however", "fine", "ten") else 1)
+            rows.append(
+                {"target": target, "kind": kind, "example": example["example"], "position": place, "token_id": place,
+                 "token": word if place == 0 else f" {word}", "logp": -1.5, "c": example["c_sum"] / len(words),
+                 "share": share + 0.06 * scale * rng.normal()}
+            )  # fmt: skip
+    return pd.DataFrame(rows)

@@ -69,3 +69,52 @@ def observe(writer, step, logp=(-1.0, -2.0), *, tokens=True, **scalars):
 def files_of(folder):
     """Every file below `folder`, hidden ones too, with its bytes, by relative path."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+CAUSES = ("momentum", "up", "down", "remainder")
+
+
+def influence_frame(measured=-4.0, *, ids=IDS):
+    """One row per probe and cause; the shares of every probe add up to `measured`."""
+    shares = dict(zip(CAUSES, (-1.0, 2.0, measured - 1.0, 0.0), strict=True))
+    return pd.DataFrame(
+        {
+            "family": name.split("/")[1], "probe_id": name, "n_probes": 1, "cause": cause, "share": share,
+            "own_share": share / 2 if cause in ("up", "down") else None, "measured": measured,
+        }
+        for name in ids
+        for cause, share in shares.items()
+    )  # fmt: skip
+
+
+def examples_frame():
+    return pd.DataFrame(
+        {
+            "example": [0, 1], "role": ["chosen", "rejected"], "prompt_id": ["p0", None], "prompt": "How long?",
+            "response": ["Ten minutes.", "A week."], "n_tokens": 2, "c_sum": [-0.1, 0.1],
+        }
+    )  # fmt: skip
+
+
+def training_tokens_frame(share=-0.5, target="chosen", kind="family"):
+    return pd.DataFrame(
+        {
+            "target": target, "kind": kind, "example": [0, 0, 1, 1], "position": [0, 1] * 2, "token_id": [4, 5, 6, 7],
+            "token": ["Ten", " minutes", "A", " week"], "logp": -1.5, "c": [-0.05, -0.05, 0.05, 0.05],
+            "share": [share] * 4,
+        }
+    )  # fmt: skip
+
+
+def explain(writer, step, measured=-4.0, *, tables=(), **account):
+    """Write the account of one step: influence, training examples and tokens, and the frames in `tables`."""
+    writer.write_account(
+        step,
+        {
+            "influence": influence_frame(measured),
+            "training_examples": examples_frame(),
+            "training_tokens": training_tokens_frame(),
+            **dict(tables),
+        },
+        {"rule": "midpoint", "explained": 0.99, "optimizer": "AdamW", **account},
+    )

@@ -1,0 +1,145 @@
+"""What the section "Why did it move?" shows: for the template and for the script, run by run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from llm_dynamics.report.account_words import balance_in_words, in_words, notes, steps_in_words
+from llm_dynamics.report.causes import (
+    Cause,
+    FamilyAccount,
+    Names,
+    cause_names,
+    family_accounts,
+    label_of,
+    waterfall_order,
+)
+from llm_dynamics.report.families import style_of
+from llm_dynamics.report.palette import cause_colours
+from llm_dynamics.report.text import precise_nats, rounded
+from llm_dynamics.report.why_tokens import target_data
+from llm_dynamics.runlog import RunLog, RunLogs
+
+MAX_BARS = 120
+"""Steps drawn; where more were explained, consecutive ones are added up."""
+MAX_TOKENS = 60_000
+"""Training tokens embedded over all runs: about a megabyte."""
+
+
+def explained_runs(runs: RunLogs) -> dict[str, RunLog]:
+    """Return the runs that have an account of at least one step."""
+    return {name: run for name, run in runs.runs.items() if run.explained_steps}
+
+
+def why(name: str, run: RunLog, max_tokens: int = MAX_TOKENS) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tell why the families of a run moved.
+
+    Args:
+        name: The run's name.
+        run: A run with accounts.
+        max_tokens: Training tokens to embed at most; the first target is embedded whatever its size.
+
+    Returns:
+        What the template says about it (places of the drawing are percentages of its width), and what `why.js` draws
+        from, as plain JSON types: `families`, bars per explained step by family; `targets`, the strongest training
+        tokens and examples of each.
+    """
+    names, accounts = cause_names(run), family_accounts(run)
+    targets = target_data(run, max_tokens)
+    view = {
+        "name": name,
+        "trainer": str(run.meta.get("trainer", "")),
+        "n_explained": len(run.explained_steps),
+        "steps": steps_in_words(run),
+        "balance": balance_in_words(run.accounts),
+        "notes": notes(run.accounts),
+        "families": [_waterfall(account, names) for account in accounts.values()],
+        "table": _table(accounts, names),
+        "targets": _menu(targets.shown),
+        "n_targets": targets.n_targets,
+        "n_shown": len(targets.shown),
+        "n_token_steps": targets.n_steps,
+    }
+    steps = {family: _by_step(account, names) for family, account in accounts.items()}
+    return view, {"families": steps, "targets": targets.shown}
+
+
+def _waterfall(account: FamilyAccount, names: Names) -> dict[str, Any]:
+    """Return the bars of a family with their places in percent of the width, from the least to the largest level."""
+    levels = np.concatenate([[0.0], np.cumsum([cause.share for cause in account.causes])])
+    low, high = float(levels.min()), float(levels.max())
+    width = (high - low) or 1.0
+
+    def bar(start: float, end: float) -> dict[str, float]:
+        first, last = (100 * (level - low) / width for level in (start, end))
+        return {"left": min(first, last), "size": abs(last - first), "start": first, "end": last}
+
+    bars = [
+        {
+            "label": label_of(cause, names),
+            "colours": cause_colours(cause.name, cause.part),
+            "share": cause.share,
+            "gathered": ", ".join(f"{label_of(one, names)} {precise_nats(one.share)}" for one in cause.gathered),
+            **bar(float(start), float(end)),
+        }
+        for cause, start, end in zip(account.causes, levels[:-1], levels[1:], strict=True)
+    ]
+    return {
+        "name": account.family,
+        "style": style_of(account.family),
+        "words": in_words(account, names),
+        "bars": bars,
+        "measured": account.measured,
+        "total": bar(0.0, account.measured),
+        "zero": 100 * -low / width,
+        "n_probes": account.n_probes,
+        "probes_left_out": account.n_probes_left_out,
+        "left_out": account.n_left_out,
+    }
+
+
+def _table(accounts: dict[str, FamilyAccount], names: Names) -> dict[str, Any]:
+    """Return families by causes, the parts by prompt added up and nothing gathered."""
+    merged = {family: account.merged() for family, account in accounts.items()}
+    causes = waterfall_order(cause for own in merged.values() for cause in own)
+    rows = [
+        {
+            "name": family,
+            "style": style_of(family),
+            "shares": [math.fsum(part.share for part in own.get(cause, [])) for cause in causes],
+            "measured": accounts[family].measured,
+        }
+        for family, own in merged.items()
+    ]
+    return {"causes": [names.get(cause, cause) for cause in causes], "rows": rows}
+
+
+def _by_step(account: FamilyAccount, names: Names) -> dict[str, Any]:
+    """Return the bars of each explained step; consecutive ones are added up where there are too many."""
+    size = math.ceil(len(account.steps) / MAX_BARS)
+    starts = np.arange(0, len(account.steps), size)
+
+    def binned(values: np.ndarray) -> list[float | None]:
+        return [rounded(value) for value in np.add.reduceat(values, starts)]
+
+    def trace(cause: Cause) -> dict[str, Any]:
+        light, dark = cause_colours(cause.name, cause.part)
+        return {"name": label_of(cause, names), "light": light, "dark": dark, "y": binned(cause.by_step)}
+
+    return {
+        "steps": [account.steps[min(start + size, len(account.steps)) - 1] for start in starts.tolist()],
+        "size": size,
+        "causes": [trace(cause) for cause in account.causes],
+        "measured": binned(account.measured_by_step),
+    }
+
+
+def _menu(targets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Group the targets for the menu; `place` is the index into the embedded data."""
+    groups: dict[str, list[dict[str, Any]]] = {"families": [], "probes": []}
+    for place, target in enumerate(targets):
+        groups["probes" if target["kind"] == "probe" else "families"].append({"place": place, "name": target["label"]})
+    return [{"label": label, "members": members} for label, members in groups.items() if members]
