@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llm_dynamics.likelihood.head import SplitModel, split_model
 from llm_dynamics.likelihood.packing import Layout, TokenizedResponse, batches, lay_out, pack
-from llm_dynamics.likelihood.preserve import evaluating
+from llm_dynamics.likelihood.preserve import evaluating, keeping_rope
 from llm_dynamics.likelihood.scoring import DEFAULT_BATCH_TOKENS
 
 Weights = Mapping[str, Tensor]
@@ -69,11 +69,14 @@ class ResponseLogps:
                 split = split_model(model)
         self.split = split
         self.lengths = torch.tensor([len(response.response_ids) for response in responses])
-        rows = pack(responses, share=share_prompts and split.shares_prompts)
+        # past the limit, one sequence would change the rotary frequencies of all others in its forward, and after it
+        longest = max(len(response.prompt_ids) + len(response.response_ids) for response in responses)
+        self._own_rope = split.rope_limit is not None and longest > split.rope_limit
+        rows = pack(responses, share=share_prompts and split.shares_prompts and not self._own_rope)
         starts = [0, *accumulate(self.lengths.tolist())]
         self._layouts: list[Layout] = []
         self._places: list[Tensor] = []
-        for batch in batches(rows, batch_tokens, alone=split.backbone is None):
+        for batch in batches(rows, batch_tokens, alone=split.backbone is None or self._own_rope):
             self._layouts.append(lay_out(responses, batch, "right"))
             scored = [i for row in batch for i in row.responses]
             self._places.append(torch.cat([torch.arange(starts[i], starts[i + 1]) for i in scored]))
@@ -105,7 +108,11 @@ class ResponseLogps:
         return self._dual(weights, direction, self._label_logps, self._places)
 
     def distributions(self, weights: Weights, tokens: Tensor) -> Tensor:
-        """Return log pi(. | prefix of y_m), nats, (n, V), on the CPU, at the n response tokens with index `tokens`."""
+        """Return log pi(. | prefix of y_m), nats, (n, V), on the CPU, at the n response tokens with index `tokens`.
+
+        Raises:
+            ValueError: For indices that repeat or are out of range.
+        """
         read, places = self._reading(tokens)
         return self._gather(self._at(weights, read), places)
 
@@ -139,7 +146,8 @@ class ResponseLogps:
         def run() -> None:
             for layout, places in zip(self._layouts, self._places, strict=True):
                 if (token_weights[places] != 0).any():
-                    add_batch(layout, token_weights[places])
+                    with keeping_rope(self.split.model) if self._own_rope else nullcontext():
+                        add_batch(layout, token_weights[places])
 
         at_weights(self.model, leaves, run)
         return {name: total[name] if name in total else torch.zeros_like(leaf) for name, leaf in leaves.items()}
@@ -153,6 +161,8 @@ class ResponseLogps:
 
     def _reading(self, tokens: Tensor) -> tuple[_Read, list[Tensor]]:
         """Return what reads the distributions at `tokens`, and the place of each row it reads among `tokens`."""
+        if len(tokens.unique()) != len(tokens) or ((tokens < 0) | (tokens >= self.n_tokens)).any():
+            raise ValueError(f"tokens must be distinct indices in 0..{self.n_tokens - 1}; seen {tokens.tolist()}")
         rank = torch.full((self.n_tokens,), -1).index_put((tokens,), torch.arange(len(tokens)))
         wanted = [rank[places] for places in self._places]
 
@@ -164,7 +174,11 @@ class ResponseLogps:
 
     def _at(self, weights: Weights, read: _Read) -> list[Any]:
         batches_of_tokens = list(zip(self._layouts, self._places, strict=True))
-        return at_weights(self.model, weights, lambda: [read(*batch) for batch in batches_of_tokens])
+        return at_weights(self.model, weights, lambda: [self._alone(read, *batch) for batch in batches_of_tokens])
+
+    def _alone(self, read: _Read, layout: Layout, places: Tensor) -> Any:
+        with keeping_rope(self.split.model) if self._own_rope else nullcontext():
+            return read(layout, places)
 
     def _dual(
         self, weights: Weights, direction: Weights, read: _Read, places: Sequence[Tensor]
@@ -217,7 +231,8 @@ def at_weights(model: nn.Module, weights: Weights, function: Callable[[], Any], 
         for name, tensor in named
         if name not in weights and tensor.dtype in (torch.bfloat16, torch.float16)
     }
-    stand_ins = {f"model.{name}": tensor for name, tensor in {**converted, **weights}.items()}
+    given = {name: precise(tensor) for name, tensor in weights.items()}
+    stand_ins = {f"model.{name}": tensor for name, tensor in {**converted, **given}.items()}
     with torch.autocast(next(model.parameters()).device.type, enabled=False), _differentiable_attention(model):
         if not evaluate:
             with torch.no_grad():

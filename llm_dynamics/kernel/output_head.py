@@ -1,0 +1,175 @@
+"""The LM head by columns: logits and label residuals of some vocabulary entries at a time, in float32 at least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llm_dynamics.kernel.residuals import ResidualRule, label_places, onehot_minus_exp_
+from llm_dynamics.likelihood.head import SplitModel
+from llm_dynamics.likelihood.preserve import evaluating
+
+BLOCK_BYTES_ON_CPU = 12 * 2**20
+"""Bytes of one (N, columns) block on a CPU: it then stays in the last-level cache between its uses."""
+BLOCK_BYTES = 2**28
+"""Bytes of one (N, columns) block elsewhere."""
+_FEWEST_COLUMNS = 64
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """An LM head: logits `z = c tanh(s (W h + b) / c)`, with scale s and, where the model has one, soft cap c.
+
+    Attributes:
+        weight: W, (V, d).
+        bias: b, (V,), or None.
+        scale: s.
+        softcap: c, or None for no cap.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.weight.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: float64 for a float64 head, float32 for all others."""
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+    def logits(self, hidden: Tensor, columns: slice | Tensor | None = None) -> Tensor:
+        """Return z, (N, columns), of hidden states (N, d); all V columns by default."""
+        some = slice(None) if columns is None else columns
+        hidden, weight = hidden.to(self.weight.device, self.dtype), self.weight[some].to(self.dtype)
+        bias = None if self.bias is None else self.bias[some].to(self.dtype)
+        with torch.no_grad(), as_given(hidden):
+            z = nn.functional.linear(hidden, weight, bias)
+            if self.scale != 1.0:
+                z *= self.scale
+            return z if self.softcap is None else (z / self.softcap).tanh_().mul_(self.softcap)
+
+    def slopes(self, logits: Tensor) -> Tensor:
+        """Return dz_v / d(W h + b)_v = s (1 - (z_v / c)^2), in the shape of `logits`."""
+        if self.softcap is None:
+            return torch.full_like(logits, self.scale)
+        return (logits / self.softcap).square_().neg_().add_(1).mul_(self.scale)
+
+    def normalisers(self, hidden: Tensor, labels: Tensor, rule: ResidualRule) -> tuple[Tensor, Tensor]:
+        """Sum exp(z_v / t) over all V, one block of columns at a time.
+
+        Args:
+            hidden: h, (N, d).
+            labels: y, (N,), int64.
+            rule: Temperature t and size of the blocks.
+
+        Returns:
+            log sum_v exp(z_v / t), and log(1 - pi_y), each (N,).
+        """
+        device = self.weight.device
+        labels = labels.to(device)
+        others = torch.full((len(hidden),), -torch.inf, dtype=self.dtype, device=device)
+        of_label = others.clone()
+        for start, stop in _ranges(self.vocab_size, self._width(len(hidden), rule)):
+            z = self.logits(hidden, slice(start, stop)).div_(rule.temperature)
+            rows, places = label_places(labels, slice(start, stop))
+            of_label[rows] = z[rows, places]
+            z[rows, places] = -torch.inf
+            others = others.logaddexp(z.logsumexp(dim=1))
+        total = others.logaddexp(of_label)
+        return total, others - total
+
+    def residuals(self, sides: Sequence[tuple[Tensor, Tensor]], rule: ResidualRule) -> Iterator[list[Tensor]]:
+        """Yield the residuals of all tokens of several sets, a block of columns at a time.
+
+        Args:
+            sides: Hidden states (N, d) and labels (N,) of each set.
+            rule: Which residual, and which columns.
+
+        Yields:
+            For each set its (N, columns), float32 or float64; the blocks together make up the columns of `rule`.
+
+        Raises:
+            ValueError: Where the vocabulary of `rule` is not that of this head.
+        """
+        vocabulary = rule.vocabulary_of(self.vocab_size)
+        norms = [self.normalisers(*side, rule) for side in sides]
+        width = self._width(max(len(hidden) for hidden, _ in sides), rule)
+        if vocabulary is None:
+            pieces: Iterable[slice | Tensor] = (slice(*ends) for ends in _ranges(self.vocab_size, width))
+        else:
+            pieces = vocabulary.to(self.weight.device).split(width)
+        for columns in pieces:
+            yield [self._residuals(*side, *norm, columns, rule) for side, norm in zip(sides, norms, strict=True)]
+
+    def _residuals(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        norm: Tensor,
+        log1m_label: Tensor,
+        columns: slice | Tensor,
+        rule: ResidualRule,
+    ) -> Tensor:
+        z = self.logits(hidden, columns)
+        slopes = self.slopes(z) if rule.exact and self.softcap is not None else None
+        g = onehot_minus_exp_(z.div_(rule.temperature).sub_(norm[:, None]), labels.to(z.device), log1m_label, columns)
+        if slopes is not None:
+            g *= slopes.div_(rule.temperature)
+        elif rule.exact and self.scale != rule.temperature:
+            g *= self.scale / rule.temperature
+        return g
+
+    def _width(self, rows: int, rule: ResidualRule) -> int:
+        on_cpu = self.weight.device.type == "cpu"
+        size = rule.block_bytes or (BLOCK_BYTES_ON_CPU if on_cpu else BLOCK_BYTES)
+        return max(_FEWEST_COLUMNS, size // (self.dtype.itemsize * max(rows, 1)))
+
+
+def as_given(tensor: Tensor) -> torch.autocast:
+    """Return a context in which products keep the precision of their factors, whatever the caller's autocast."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def output_head(split: SplitModel) -> OutputHead:
+    """Read the LM head of a split model; its weight is shared, not copied, where the head is a plain linear layer.
+
+    A wrapped head (LoRA, a quantised layer) is affine all the same: its effective weight is read off its outputs.
+
+    Args:
+        split: From `split_model`.
+
+    Returns:
+        The head.
+
+    Raises:
+        NotImplementedError: For a model whose logits are not its head's output, scaled and capped.
+    """
+    if split.backbone is None:
+        raise NotImplementedError(
+            f"{type(split.model).__name__} post-processes its logits in a way that llm_dynamics does not know: the "
+            "gradient of its head has no closed form here. Use the exact token kernel."
+        )
+    layer: nn.Module = split.model.get_output_embeddings()  # type: ignore[operator]
+    if type(layer) is nn.Linear:
+        bias = None if layer.bias is None else layer.bias.detach()
+        return OutputHead(layer.weight.detach(), bias, split.scale, split.softcap)
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    floating = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    width = int(split.model.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
+    with evaluating(split.model), as_given(weight):  # adapters may have dropout
+        offset = layer(torch.zeros(1, width, dtype=floating, device=weight.device))
+        columns = layer(torch.eye(width, dtype=floating, device=weight.device)) - offset
+    return OutputHead(columns.T.contiguous(), offset[0], split.scale, split.softcap)
+
+
+def _ranges(size: int, width: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, size, width):
+        yield start, min(start + width, size)
