@@ -42,7 +42,7 @@ KINDS = {
     "plain": (Trainer, TrainingArguments),
 }
 FAMILIES = ("chosen", "rejected", "other_train", "ungrammatical")
-OURS = ("probe/", "squeeze/", "dynamics/")
+OURS = ("probe/", "squeeze/", "dynamics/", "influence/")
 TIMED = ("_runtime", "_per_second", "step_time", "tps")
 TIMED_COLUMNS = ["seconds_observing", "seconds_training", "overhead"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,15 +12,15 @@ from transformers import IntervalStrategy, Trainer, TrainerCallback, TrainerCont
 
 from llm_dynamics import _trl
 from llm_dynamics.callbacks.finished_step import FinishedStep
+from llm_dynamics.callbacks.influence_settings import InfluenceSettings
 from llm_dynamics.callbacks.metrics import finite_only
 from llm_dynamics.callbacks.probe import ProbeCallback
-from llm_dynamics.callbacks.probe_account import DETAILS, ProbeAccount, account_of_probes
+from llm_dynamics.callbacks.probe_account import ProbeAccount, account_of_probes, explained_by_gradient
 from llm_dynamics.callbacks.refusals import refuse_unexplainable
 from llm_dynamics.callbacks.roles import role_labelling
 from llm_dynamics.callbacks.sharding import average_weights
 from llm_dynamics.callbacks.token_account import TokenAccount, TokenAccountant
 from llm_dynamics.influence import (
-    RULES,
     BeforeStep,
     LossTape,
     MomentHistory,
@@ -40,7 +39,6 @@ from llm_dynamics.probes import ProbeSet
 logger = logging.getLogger(__name__)
 
 DEFAULT_EVERY = 100
-DEFAULT_TARGETS = ("chosen", "rejected")
 REPLAY_TOLERANCE = {"no": 1e-3, "bf16": 0.3}
 """Nats by which a replayed log-prob may differ from the one in training before a warning, by mixed precision."""
 
@@ -68,17 +66,8 @@ class InfluenceCallback(TrainerCallback):
         probes: What to explain; where the trainer has no `ProbeCallback` for them, one is added, since it keeps the
             run log.
         every: Optimizer steps between explained ones.
-        rule: "midpoint", "start" (the classical first-order account) or "gauss2", see `account_for_change`.
-        detail: "family" (means over families, cheapest), "probe" or "token" (rows for each, one directional derivative
-            per cause).
-        families: Families to account for; None: all.
-        training_tokens: Families whose training tokens are told apart, at one gradient and one pass over the training
-            batch each; None: "chosen" and "rejected" where they are watched, else the first family. () for none.
-        map_probes: Probe ids for which the M x L influence between probe tokens and the tokens of the training example
-            that moved it most is kept; one gradient and one pass over that example per probe token.
-        split_by: "sign" of c_l (causes `up`, `down`), "role" (chosen/rejected, correct/wrong, ...) or a labelling.
-        history: "total", or "split": momentum is itself split by the labels of the past tokens that filled it, which
-            takes the tap at every step.
+        **options: Further fields of `InfluenceSettings`: rule, detail, families, training_tokens, tokens_every,
+            map_probes, split_by, history, compare_gradient.
 
     Raises:
         TypeError: As for `ProbeCallback`.
@@ -90,59 +79,29 @@ class InfluenceCallback(TrainerCallback):
         >>> trainer.add_callback(InfluenceCallback(trainer, probes, every=100))  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        probes: ProbeSet,
-        every: int = DEFAULT_EVERY,
-        *,
-        rule: str = "midpoint",
-        detail: str = "family",
-        families: Sequence[str] | None = None,
-        training_tokens: Sequence[str] | None = None,
-        map_probes: Sequence[str] = (),
-        split_by: str | Labelling = "sign",
-        history: str = "total",
-    ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every is {every!r}; explain every 1, 2, ... optimizer steps")
-        _check_choice("rule", rule, RULES)
-        _check_choice("detail", detail, DETAILS)
-        _check_choice("history", history, ("total", "split"))
-        if isinstance(split_by, str):
-            _check_choice("split_by", split_by, ("sign", "role"))
+    def __init__(self, trainer: Trainer, probes: ProbeSet, every: int = DEFAULT_EVERY, **options: Any) -> None:
+        settings = InfluenceSettings(every=every, **options)
         if not isinstance(trainer, Trainer):
             raise TypeError(f"trainer must be a transformers or TRL trainer; seen {type(trainer).__name__}")
         refuse_unexplainable(trainer)
+        if any(isinstance(other, InfluenceCallback) for other in trainer.callback_handler.callbacks):
+            raise ValueError("the trainer has an InfluenceCallback, and two would tap each other: give one all probes")
         self.trainer = trainer
         self.watcher = _watcher(trainer, probes, every)
-        self.every = every
-        self.rule = rule
-        self.detail = detail
-        watched = list(probes.families)
-        self.families = watched if families is None else list(families)
-        if training_tokens is None:
-            training_tokens = [family for family in DEFAULT_TARGETS if family in watched] or watched[:1]
-        self.targets = list(training_tokens)
-        self.map_probes = list(map_probes)
-        known = set(self.watcher.table["probe_id"])
-        for name, given, allowed in (
-            ("families", self.families, set(watched)),
-            ("training_tokens", self.targets, set(watched)),
-            ("map_probes", self.map_probes, known),
-        ):
-            if missing := [item for item in given if item not in allowed]:
-                raise ValueError(f"{name}: {missing} are not watched; watched: {sorted(allowed)[:20]}")
+        self.settings = settings.of_probes(self.watcher.table)
         self.roles = role_labelling(trainer)
+        split_by = settings.split_by
         self.labelling: Labelling = (
             {"sign": by_sign, "role": self.roles}[split_by] if isinstance(split_by, str) else split_by
         )
-        self.history = MomentHistory() if history == "split" else None
+        self.history = MomentHistory() if settings.history == "split" else None
         self._open = ExitStack()
         self._tape: LossTape | None = None
         self._clip: list[float] = []
         self._before: BeforeStep | None = None
         self._pending: dict[str, Any] | None = None
+        if self.watcher not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self.watcher)  # when nothing can be refused any more
 
     # ---- events -------------------------------------------------------------------------------------------------
 
@@ -153,16 +112,7 @@ class InfluenceCallback(TrainerCallback):
         if self.history is not None:
             self.history.by_label.clear()
         if state.is_world_process_zero:
-            self.watcher.recorder.log.update_meta(
-                influence={
-                    "every": self.every,
-                    "rule": self.rule,
-                    "detail": self.detail,
-                    "families": self.families,
-                    "training_tokens": self.targets,
-                    "history": "total" if self.history is None else "split",
-                }
-            )
+            self.watcher.recorder.log.update_meta(influence=self.settings.describe())
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -209,7 +159,7 @@ class InfluenceCallback(TrainerCallback):
             history=self.history,
         )
         if self._due(state):
-            self._pending = self._explain(tape, before.weights, update)
+            self._pending = self._explain(tape, before.weights, update, state.global_step + 1)
             self._pending["account"] |= {
                 "clip_factor": factor,
                 "grad_norm": norm,
@@ -242,18 +192,18 @@ class InfluenceCallback(TrainerCallback):
 
     def _due(self, state: TrainerState) -> bool:
         """Tell whether the step under way, counted from 1, is explained."""
-        step = state.global_step + 1
-        return step == 1 or step % self.every == 0 or step >= state.max_steps > 0
+        return self.settings.explains(state.global_step + 1, state.max_steps)
 
     def _close(self) -> None:
         self._open.close()
         self._tape = self._before = None
 
-    def _explain(self, tape: LossTape, before: Weights, update: UpdateSplit) -> dict[str, Any]:
+    def _explain(self, tape: LossTape, before: Weights, update: UpdateSplit, number: int) -> dict[str, Any]:
         watcher, model = self.watcher, self.trainer.model
         assert model is not None
         table = watcher.table[["probe_id", "prompt_id", "family"]]
-        mine = [i for i in watcher.share if table["family"].iloc[i] in self.families]
+        families = list(self.settings.families or ())
+        mine = [i for i in watcher.share if table["family"].iloc[i] in families]
         counts = table["family"].value_counts()
         step = FinishedStep(
             model=model,
@@ -262,32 +212,34 @@ class InfluenceCallback(TrainerCallback):
             tape=tape,
             before=before,
             update=update,
-            rule=self.rule,
+            rule=self.settings.rule,
             table=table.iloc[mine].reset_index(drop=True),
             order=mine,
             encoded=[watcher.encoded[i] for i in mine],
-            counts={family: int(counts[family]) for family in self.families if family in counts},
+            counts={family: int(counts[family]) for family in families if family in counts},
             batch_tokens=watcher.batch_tokens,
         )
         with keeping_rope(model):
-            probes = account_of_probes(step, self.detail)
-            tokens = self._training_tokens(step)
+            probes = account_of_probes(step, self.settings.detail)
+            tokens = self._training_tokens(step, number)
         return {
             "tables": self._tables(probes, tokens),
             "account": {
-                "rule": self.rule,
+                "rule": self.settings.rule,
                 "explained": probes.explained,
+                "explained_by_gradient": explained_by_gradient(step) if self.settings.compare_gradient else None,
                 "measured_norm": probes.measured_norm,
                 "remainder_norm": probes.remainder_norm,
                 "optimizer": type(innermost(self.trainer.optimizer)).__name__,
                 "note": update.note,
             },
-            "metrics": _metrics(probes),
+            "metrics": _shares(probes),
         }
 
-    def _training_tokens(self, step: FinishedStep) -> TokenAccount | None:
-        targets = [family for family in self.targets if family in step.counts]
-        if not (targets or self.map_probes) or rule_for(innermost(self.trainer.optimizer)) is None:
+    def _training_tokens(self, step: FinishedStep, number: int) -> TokenAccount | None:
+        settings = self.settings
+        targets = list(settings.training_tokens or ())
+        if not (targets or settings.map_probes) or rule_for(innermost(self.trainer.optimizer)) is None:
             return None
         prompts = dict(
             zip((probe.prompt_ids for probe in self.watcher.encoded), self.watcher.table["prompt_id"], strict=True)
@@ -295,7 +247,9 @@ class InfluenceCallback(TrainerCallback):
         accountant = TokenAccountant(
             step, self.roles, prompts, self.watcher.decode, _trl.sampling_temperature(self.trainer)
         )
-        tokens = accountant.account(targets, self.map_probes)
+        families = [target for target in targets if target in step.counts]
+        probes = [target for target in targets if target not in (settings.families or ())]
+        tokens = accountant.account(families, probes, settings.map_probes, tables=settings.tells_tokens(number))
         allowed = REPLAY_TOLERANCE.get(self.trainer.accelerator.mixed_precision, 0.3)
         if tokens.replay_error > allowed:
             logger.warning(
@@ -311,17 +265,20 @@ class InfluenceCallback(TrainerCallback):
         if probes.tokens is not None:
             tables["influence_tokens"] = probes.tokens
         if tokens is not None:
-            if self.detail == "family":
+            if self.settings.detail == "family":
                 keys = zip(influence["family"], influence["cause"], strict=True)
                 own = pd.Series([tokens.own.get(key) for key in keys], dtype=object)  # None: not measured
                 tables["influence"] = influence.assign(own_share=own)
-            tables |= {"training_examples": tokens.examples, "training_tokens": tokens.tokens}
-            if tokens.maps is not None:
-                tables["influence_maps"] = tokens.maps
+            told = {
+                "training_examples": tokens.examples,
+                "training_tokens": tokens.tokens,
+                "influence_maps": tokens.maps,
+            }
+            tables |= {name: frame for name, frame in told.items() if frame is not None}
         return tables
 
 
-def _metrics(probes: ProbeAccount) -> dict[str, float]:
+def _shares(probes: ProbeAccount) -> dict[str, float]:
     """Return what goes into the trainer's row: mean share by family and cause, and the explained share."""
     means = probes.influence.groupby(["family", "cause"], as_index=False)["share"].mean()
     rows = zip(means["family"], means["cause"], means["share"], strict=True)
@@ -330,15 +287,8 @@ def _metrics(probes: ProbeAccount) -> dict[str, float]:
 
 
 def _watcher(trainer: Trainer, probes: ProbeSet, every: int) -> ProbeCallback:
-    """Return the trainer's callback that watches `probes`; one is added where there is none."""
+    """Return the trainer's callback that watches `probes`, or a new one where there is none."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ProbeCallback) and callback.probes.fingerprint() == probes.fingerprint():
             return callback
-    watcher = ProbeCallback(trainer, probes, every)
-    trainer.add_callback(watcher)
-    return watcher
-
-
-def _check_choice(name: str, value: str, allowed: Mapping[str, Any] | Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+    return ProbeCallback(trainer, probes, every)

@@ -67,6 +67,28 @@ def account_of_probes(step: FinishedStep, detail: str) -> ProbeAccount:
     return ProbeAccount(influence, tokens, float(whole), float(missed))
 
 
+def explained_by_gradient(step: FinishedStep) -> float:
+    """Return the share of the measured change of all probe tokens that -grad explains, at its best multiple.
+
+    The classical account with the raw gradient of the step in place of the optimizer's update, and the multiple that
+    fits the measured change best rather than the learning rate: <measured, J g>^2 / (|measured|^2 |J g|^2), J taken at
+    the weights before the step. One directional derivative.
+
+    Args:
+        step: The step, while its gradients still exist.
+
+    Returns:
+        A share in [0, 1]; NaN where nothing moved.
+    """
+    sums = np.zeros(3)
+    if step.logps is not None:
+        gradient = {name: p.grad for name, p in step.tape.parameters.items() if p.grad is not None}
+        along = step.logps.jvp(step.before, gradient)[1].double()
+        sums = np.array([step.measured @ along, step.measured @ step.measured, along @ along])
+    both, measured, moved = sum_over_processes(sums)
+    return float(both**2 / (measured * moved)) if measured * moved > 0 else float("nan")
+
+
 def _account(step: FinishedStep, groups: torch.Tensor | None) -> StepAccount:
     assert step.logps is not None
     return account_for_change(

@@ -62,6 +62,10 @@ def refuse_unexplainable(trainer: Trainer) -> None:
         "Liger kernels return neither log-probs nor logits (turn use_liger_kernel off)": args.use_liger_kernel,
         "reentrant gradient checkpointing has no second backward (gradient_checkpointing_kwargs="
         '{"use_reentrant": False})': bool(checkpointing),
+        "offloaded activations are given back once, and the account needs a second backward (turn "
+        "activation_offloading off)": getattr(args, "activation_offloading", False),
+        "nn.DataParallel trains replicas of the model in one process (start one process per GPU, with `accelerate "
+        "launch`)": args.n_gpu > 1,
     }
     for reason, holds in reasons.items():
         if holds:

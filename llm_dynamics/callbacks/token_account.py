@@ -24,15 +24,15 @@ class TokenAccount:
     """Training tokens of a step over all processes.
 
     Attributes:
-        examples: Rows of `schema.TRAINING_EXAMPLES`, step excepted.
-        tokens: Rows of `schema.TRAINING_TOKENS`, step excepted.
+        examples: Rows of `schema.TRAINING_EXAMPLES`, step excepted; None where no tables were asked for.
+        tokens: Rows of `schema.TRAINING_TOKENS`, likewise.
         maps: Rows of `schema.INFLUENCE_MAPS`, or None where no probe asked for one.
         own: By family and label of tokens: what examples with the probes' own prompts did to the family's mean, nats.
         replay_error: Largest difference between a replayed log-prob and the one in training, nats.
     """
 
-    examples: pd.DataFrame
-    tokens: pd.DataFrame
+    examples: pd.DataFrame | None
+    tokens: pd.DataFrame | None
     maps: pd.DataFrame | None
     own: Mapping[tuple[str, str], float]
     replay_error: float
@@ -64,31 +64,38 @@ class TokenAccountant:
             step.tape.batches, roles, prompts, decode, n_processes=step.accelerator.num_processes
         )
 
-    def account(self, families: Sequence[str], map_probes: Sequence[str]) -> TokenAccount:
+    def account(
+        self,
+        families: Sequence[str],
+        probes: Sequence[str] = (),
+        map_probes: Sequence[str] = (),
+        *,
+        tables: bool = True,
+    ) -> TokenAccount:
         """Return the tables.
 
         Args:
-            families: Families whose training tokens are told apart.
+            families: Families whose training tokens, and own shares, are told.
+            probes: Probes whose training tokens are told.
             map_probes: Probes whose influence maps are drawn, against the training example that moved them most.
+            tables: Tell training tokens; else only the own shares, which cost nothing unless a probe's prompt is in
+                the batch.
         """
         step = self.step
+        targets = {(family, "family"): partial(step.family_mean, family) for family in families}
+        targets |= {(probe, "probe"): partial(step.probe_sum, probe) for probe in dict.fromkeys([*probes, *map_probes])}
         tokens, maps = [], []
-        for family in families:
-            gradient = step.gradient(partial(step.family_mean, family))
-            shares = self._influence(step.tape.batches, gradient).shares
-            tokens.append(self.local.tokens.assign(target=family, kind="family", share=shares.numpy()))
-        for probe in map_probes:
-            gradient = step.gradient(partial(step.probe_sum, probe))
-            shares = self._influence(step.tape.batches, gradient).shares
-            frame = self.local.tokens.assign(target=probe, kind="probe", share=shares.numpy())
+        for (target, kind), weights in targets.items() if tables else ():
+            shares = self._influence(step.tape.batches, step.gradient(weights)).shares
+            frame = self.local.tokens.assign(target=target, kind=kind, share=shares.numpy())
             tokens.append(frame)
-            maps.append(self._map(probe, frame))
-        own = self._own_shares(families)
+            if kind == "probe" and target in map_probes:
+                maps.append(self._map(target, frame))
         return TokenAccount(
-            examples=self._numbered([self.local.examples]),
-            tokens=self._numbered(tokens),
-            maps=self._numbered(maps) if map_probes else None,
-            own=own,
+            examples=self._numbered([self.local.examples]) if tables else None,
+            tokens=self._numbered(tokens) if tokens else None,
+            maps=self._numbered(maps) if maps else None,
+            own=self._own_shares(families),
             replay_error=max(gather_object([self.replay_error])),
         )
 
@@ -115,24 +122,38 @@ class TokenAccountant:
             for prompt in union_over_processes(examples["prompt_id"].dropna()):
                 gradient = step.gradient(partial(step.family_mean, family, prompt))
                 mine = examples.loc[examples["prompt_id"] == prompt, "example"].tolist()
-                for batch in restricted(step.model, step.tape.batches, mine):
-                    shares = self._influence([batch], gradient).shares
-                    assert step.tape.labelling is not None
-                    for label, mask in step.tape.labelling(batch).items():
-                        own[family, label] += float(shares[mask[batch.has_loss].cpu()].sum())
+                for batch in step.tape.batches:
+                    for label, share in self._shares_by_label(batch, mine, gradient).items():
+                        if (family, label) in own:  # a label may have no tokens in the whole step
+                            own[family, label] += share
         total = sum_over_processes(np.array(list(own.values())))
         return dict(zip(own, total.tolist(), strict=True))
+
+    def _shares_by_label(
+        self, batch: MicroBatch, examples: Sequence[int], gradient: Mapping[str, Tensor]
+    ) -> dict[str, float]:
+        """Return what some examples did to a target, by the label that their tokens have in the whole micro-batch."""
+        step = self.step
+        alone = restricted(step.model, [batch], examples)
+        if not alone:
+            return {}
+        shares = self._influence(alone, gradient).shares
+        assert step.tape.labelling is not None
+        kept = batch.has_loss & is_among(batch.example, examples)  # in the order of the shares
+        return {label: float(shares[mask[kept].cpu()].sum()) for label, mask in step.tape.labelling(batch).items()}
 
     def _map(self, probe: str, influence: pd.DataFrame) -> pd.DataFrame:
         """Return M x L shares of a probe's tokens and the tokens of the example, on any process, that moved it most."""
         step = self.step
         by_example = influence.groupby("example")["share"].sum().abs()
         strongest = gather_object([float(by_example.max()) if len(by_example) else -1.0])
+        rows = [pd.DataFrame({"m": [], "l": [], "share": []})]
+        if max(strongest) < 0:  # a step whose loss has no tokens, as of groups with equal rewards
+            return rows[0].assign(probe_id=probe, example=0)
         here = strongest.index(max(strongest)) == step.accelerator.process_index
         example = int(by_example.index[int(by_example.argmax())]) if here else -1
         batches = restricted(step.model, step.tape.batches, [example])
         positions = influence.loc[influence["example"] == example, "position"].to_numpy()
-        rows = [pd.DataFrame({"m": [], "l": [], "share": []})]
         for m in range(max(gather_object([self._length_of(probe)]))):
             gradient = step.gradient(partial(self._token_of, probe, m))
             if here:
@@ -171,8 +192,7 @@ def restricted(model: nn.Module, batches: Sequence[MicroBatch], examples: Sequen
     """
     kept = []
     for batch in batches:
-        wanted = torch.isin(batch.example, torch.tensor(list(examples), device=batch.example.device, dtype=torch.long))
-        alone = replace(batch, c=batch.c * wanted)
+        alone = replace(batch, c=batch.c * is_among(batch.example, examples))
         rows = alone.has_loss.any(dim=1)
         if not rows.any():
             continue
@@ -187,6 +207,11 @@ def restricted(model: nn.Module, batches: Sequence[MicroBatch], examples: Sequen
             )
         kept.append(alone)
     return kept
+
+
+def is_among(example: Tensor, examples: Sequence[int]) -> Tensor:
+    """Tell which entries are one of some examples, bool, of the same shape."""
+    return torch.isin(example, torch.tensor(list(examples), device=example.device, dtype=torch.long))
 
 
 def draws_random(model: nn.Module) -> bool:

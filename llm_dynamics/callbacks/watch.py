@@ -39,8 +39,8 @@ def watch(
         The callback, already added to the trainer; `load_run(callback.log_folder)` reads what it wrote.
 
     Raises:
-        ValueError: As for `ProbeCallback`.
-        NotImplementedError: As for `ProbeCallback`.
+        ValueError: As for `ProbeCallback` and `InfluenceCallback`; nothing is attached then.
+        NotImplementedError: As for `ProbeCallback` and `InfluenceCallback`; nothing is attached then.
 
     Example:
         >>> watch(trainer, ProbeSet.from_preference_dataset(dataset, n_prompts=50))  # doctest: +SKIP
@@ -53,5 +53,9 @@ def watch(
     if influence is not False:
         given = {} if influence is True else dict(influence)
         settings = {"every": EXPLAINED_PER_OBSERVATIONS * every, **given}
-        trainer.add_callback(InfluenceCallback(trainer, probes, **settings))
+        try:
+            trainer.add_callback(InfluenceCallback(trainer, probes, **settings))
+        except Exception:
+            trainer.remove_callback(callback)  # what is refused leaves the trainer as it was
+            raise
     return callback

@@ -191,6 +191,7 @@ def influence_settings(probes: ProbeSet, settings: DemoSettings) -> dict[str, An
         "training_tokens": ["chosen", "rejected", one],
         "tokens_every": settings.dpo_tokens_every,
         "history": "split",
+        "compare_gradient": True,
     }
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from llm_dynamics.influence.plain_logits import IGNORED, coefficients_from_logits, gradient_of_logits
+from llm_dynamics.kernel.derivatives import unshared
 
-_NOT_REPLAYED = {"labels", "shift_labels", "num_items_in_batch", "fused_lm_head"}
+_FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class MicroBatch:
     """One forward of the training model, and what the loss asked of it.
 
     Attributes:
-        inputs: Keyword arguments of the backbone, labels excluded: what a replay needs.
+        inputs: Tensors that the model was called with, by name, labels excluded: what a replay needs.
         labels: y_l at the position that predicts it, -100 where there is no loss, (B, S), int64; S is T - 1, or T where
             the trainer shifts labels itself.
         logps: log pi(y_l) as the loss saw it (temperature included), nats, (B, S); 0 where there is no loss.
@@ -115,6 +116,7 @@ class LossTape:
         self._keep_random = keep_random
         self._random: list[RandomState | None] = []
         self._handles: list[Any] = []
+        self._taps: list[_Tap] = []
         self._n_examples = 0
         self._splitting = False
 
@@ -130,7 +132,9 @@ class LossTape:
     ) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._random = [], []
+        for tap in self._taps:
+            tap.output = None
+        self._handles, self._random, self._taps = [], [], []
 
     def raise_if_empty(self) -> None:
         """Check that some loss was seen.
@@ -146,6 +150,10 @@ class LossTape:
             )
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
+        for tap in self._taps:
+            if tap.seen:
+                tap.output = None
+        self._taps = [tap for tap in self._taps if not tap.seen]
         keeps = self._keep_random and torch.is_grad_enabled()
         self._random.append(RandomState.now(next(module.parameters()).device) if keeps else None)
 
@@ -159,9 +167,13 @@ class LossTape:
         if args:
             inputs["input_ids"] = args[0]
 
+        tap, fused = _Tap(tapped), logps is not None
+        self._taps.append(tap)
+
         def on_gradient(gradient: Tensor) -> None:
-            if not self._splitting:
-                self._record(inputs, tapped, gradient, random, fused=logps is not None)
+            if tap.output is not None and not self._splitting:
+                tap.seen = True
+                self._record(inputs, tap.output, gradient, random, fused=fused)
 
         tapped.register_hook(on_gradient)
 
@@ -176,7 +188,9 @@ class LossTape:
         valid = labels != IGNORED
         example = _examples(inputs, labels.shape, shifted) + self._n_examples
         batch = MicroBatch(
-            inputs={name: value for name, value in inputs.items() if name not in _NOT_REPLAYED},
+            inputs={
+                name: value for name, value in inputs.items() if isinstance(value, Tensor) and name not in _FOR_THE_LOSS
+            },
             labels=labels,
             logps=logps.detach().masked_fill(~valid, 0),
             c=c.detach().masked_fill(~valid, 0),
@@ -203,12 +217,28 @@ class LossTape:
             tapped, list(self.parameters.values()), outward, retain_graph=True, allow_unused=True
         )
         part = self.parts.setdefault(label, {})
-        for name, gradient in zip(self.parameters, gradients, strict=True):
+        for name, gradient in zip(self.parameters, unshared(gradients), strict=True):
             if gradient is None:
                 continue
             # sums of micro-batches in float32 at least: a running sum in bfloat16 would lose the small ones
             wide = gradient.float() if gradient.dtype in (torch.bfloat16, torch.float16) else gradient
             part[name] = part[name].add_(wide) if name in part else wide.detach()
+
+
+@dataclass
+class _Tap:
+    """What a hook on an output knows of that output.
+
+    A hook that held its own tensor would keep it, and the graph behind it, alive for good: Python does not see that
+    cycle. So the tape holds it here, until the next forward after its gradient was seen, or to the end.
+
+    Attributes:
+        output: The tensor that the hook is on; None when it is let go.
+        seen: Whether its gradient came.
+    """
+
+    output: Tensor | None
+    seen: bool = False
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -16,6 +16,8 @@ Weights = Mapping[str, Tensor]
 MOMENTUM, OTHER, DECAY, ROUNDING, STEP = "momentum", "other", "decay", "rounding", "step"
 """Causes that are not labels of tokens; `step` is the whole update of an optimizer that is not known."""
 
+_CAUSES = (MOMENTUM, OTHER, DECAY, ROUNDING, STEP, "remainder")
+
 
 @dataclass(frozen=True)
 class BeforeStep:
@@ -24,22 +26,27 @@ class BeforeStep:
     Attributes:
         weights: theta before the step.
         moments: The first moment before the step, of parameters that have one.
+        gradients: The gradient, where the step may overwrite it: torch's foreach SGD with Nesterov momentum does.
     """
 
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> BeforeStep:
         """Copy what the step of `optimizer` (accelerate's wrapper or torch's own) will overwrite."""
         inner = innermost(optimizer)
         rule = rule_for(inner)
-        moments = {}
+        overwritten = {id(p) for group in inner.param_groups if group.get("nesterov", False) for p in group["params"]}
+        moments, gradients = {}, {}
         for name, parameter in parameters.items():
             moment = inner.state.get(parameter, {}).get(rule.moment) if rule is not None else None
             if moment is not None:
                 moments[name] = moment.detach().clone()
-        return cls({name: p.detach().clone() for name, p in parameters.items()}, moments)
+            if parameter.grad is not None and id(parameter) in overwritten:
+                gradients[name] = parameter.grad.detach().clone()
+        return cls({name: p.detach().clone() for name, p in parameters.items()}, moments, gradients)
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,12 @@ def split_update(
 
     Returns:
         The split. To save memory, `gradients` is overwritten: its tensors become the labels' parts.
+
+    Raises:
+        ValueError: For a label with the name of another cause.
     """
+    if taken := [label for label in gradients if label in _CAUSES or label.startswith(f"{MOMENTUM}_")]:
+        raise ValueError(f"labels of tokens are named like other causes of an update: {taken}; rename them")
     inner = innermost(optimizer)
     rule = rule_for(inner)
     groups = {id(p): group for group in inner.param_groups for p in group["params"]}
@@ -123,7 +135,8 @@ def split_update(
         clipped = {
             label: _wide(by_name[name]).mul_(clip_factor) for label, by_name in gradients.items() if name in by_name
         }
-        mine = _other_parts(step, parameter, before.weights[name], moment, clipped, history, name)
+        gradient = before.gradients.get(name, parameter.grad)
+        mine = _other_parts(step, gradient, before.weights[name], moment, clipped, history, name)
         if history is not None:
             _carry(history, step, clipped, name)
         mine |= {label: gradient.mul_(step.gradient) for label, gradient in clipped.items()}
@@ -149,7 +162,7 @@ def innermost(optimizer: Any) -> torch.optim.Optimizer:
 
 def _other_parts(
     step: LinearStep,
-    parameter: nn.Parameter,
+    gradient: Tensor,
     weight: Tensor,
     moment: Tensor | None,
     clipped: Mapping[str, Tensor],
@@ -157,10 +170,9 @@ def _other_parts(
     name: str,
 ) -> dict[str, Tensor]:
     """Return one parameter's parts by cause: all but the labels' and rounding."""
-    assert parameter.grad is not None
-    rest = _wide(parameter.grad).clone()
-    for gradient in clipped.values():
-        rest -= gradient
+    rest = _wide(gradient).clone()
+    for part in clipped.values():
+        rest -= part
     parts = {OTHER: rest.mul_(step.gradient)}
     if moment is not None:
         left = _wide(moment).clone()

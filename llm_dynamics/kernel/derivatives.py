@@ -138,7 +138,7 @@ class ResponseLogps:
             with torch.enable_grad():
                 logps = _label_logps(self.split, layout, in_blocks=False)
                 objective = (logps * weight.to(logps)).sum()
-            gradients = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
+            gradients = unshared(torch.autograd.grad(objective, list(leaves.values()), allow_unused=True))
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
                     total[name] = total[name].add_(gradient) if name in total else gradient
@@ -160,7 +160,11 @@ class ResponseLogps:
         return _label_logps(self.split, layout, in_blocks=True)
 
     def _reading(self, tokens: Tensor) -> tuple[_Read, list[Tensor]]:
-        """Return what reads the distributions at `tokens`, and the place of each row it reads among `tokens`."""
+        """Return what reads the distributions at `tokens`, and the place of each row it reads among `tokens`.
+
+        Raises:
+            ValueError: For indices that repeat or are out of range.
+        """
         if len(tokens.unique()) != len(tokens) or ((tokens < 0) | (tokens >= self.n_tokens)).any():
             raise ValueError(f"tokens must be distinct indices in 0..{self.n_tokens - 1}; seen {tokens.tolist()}")
         rank = torch.full((self.n_tokens,), -1).index_put((tokens,), torch.arange(len(tokens)))
@@ -206,6 +210,24 @@ def unpacked(dual: Tensor) -> tuple[Tensor, Tensor]:
     """Return the value of a dual number and its tangent, zero where it has none."""
     value, tangent = forward_ad.unpack_dual(dual)
     return value, torch.zeros_like(value) if tangent is None else tangent
+
+
+def unshared(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return gradients that can be written to, each in memory of its own.
+
+    Autograd hands the same tensor to two parameters that are added up, and an expanded one to a parameter that is
+    broadcast.
+    """
+    seen: set[int] = set()
+    own: list[Tensor | None] = []
+    for gradient in gradients:
+        if gradient is not None:
+            storage = gradient.untyped_storage()
+            if storage.data_ptr() in seen or storage.nbytes() < gradient.numel() * gradient.element_size():
+                gradient = gradient.clone(memory_format=torch.contiguous_format)
+            seen.add(storage.data_ptr())
+        own.append(gradient)
+    return own
 
 
 def precise(tensor: Tensor) -> Tensor:

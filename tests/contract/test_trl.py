@@ -243,6 +243,70 @@ def test_the_copy_of_an_adapter_passed_already_wrapped_is_the_reference(model_fo
     )
 
 
+# ---- recording_clip --------------------------------------------------------------------------------------------------
+
+
+class Clipped(TrainerCallback):
+    """Records what `recording_clip` saw of every step, and the norm of the gradients that the optimizer is given."""
+
+    def __init__(self):
+        self.recorded, self.norms, self.context = [], [], None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.context = _trl.recording_clip(self.trainer)
+        self.recorded.append(self.context.__enter__())
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.context.__exit__(None, None, None)
+        gradients = [p.grad.flatten() for p in self.trainer.model.parameters() if p.grad is not None]
+        self.norms.append(float(torch.cat(gradients).norm()))
+
+
+@pytest.mark.parametrize("kind", [*TRL_KINDS, "plain"])
+@pytest.mark.parametrize("max_grad_norm", [0.2, 0.0])
+def test_every_trainer_clips_through_its_accelerator(kind, max_grad_norm, model_folder, tmp_path):
+    clipped = Clipped()
+    trainer = build_trainer(kind, model_folder, tmp_path, max_steps=1, max_grad_norm=max_grad_norm, callbacks=[clipped])
+    clipped.trainer = trainer
+    trainer.train()
+    assert clipped.recorded[0], (
+        f"{type(trainer).__name__} does not clip through `accelerator.clip_grad_norm_`: see _trl.recording_clip"
+    )
+    (factor, norm), seen = clipped.recorded[0], clipped.norms[0]
+    (logged,) = (row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row)
+    assert norm == pytest.approx(float(logged), rel=1e-5), (
+        "`accelerator.clip_grad_norm_` no longer returns the norm before clipping; see _trl.recording_clip"
+    )
+    assert factor * norm == pytest.approx(seen, rel=1e-5), (
+        f"gradients of norm {norm} were scaled to {seen}, not by {factor}: clipping computes its factor otherwise; see "
+        "_trl.recording_clip"
+    )
+    assert factor < 1 if max_grad_norm else factor == 1
+    assert "clip_grad_norm_" not in vars(trainer.accelerator), "the class's own clipping is not seen again"
+
+
+# ---- sampling_temperature --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "temperature"), [("sft", 1.0), ("dpo", 1.0), ("kto", 1.0), ("grpo", 0.7), ("rloo", 1.3)]
+)
+def test_log_probs_are_those_of_logits_divided_by_the_sampling_temperature(kind, temperature, model_folder, tmp_path):
+    arguments = {} if temperature == 1.0 else {"temperature": temperature}
+    trainer = build_trainer(kind, model_folder, tmp_path, **arguments)
+    assert _trl.sampling_temperature(trainer) == temperature, (
+        f"{type(trainer).__name__} keeps its temperature elsewhere than in `temperature`: see _trl.sampling_temperature"
+    )
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        model = trainer.model.eval()
+        fused = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+        plain = (model(input_ids=ids).logits[:, :-1] / temperature).log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5, msg=lambda text: (
+        f"{kind}: the loss sees other log-probs than of logits / temperature; see _trl.sampling_temperature. {text}"
+    ))  # fmt: skip
+
+
 # ---- facts that the callbacks rely on --------------------------------------------------------------------------------
 
 

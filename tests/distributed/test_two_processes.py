@@ -14,6 +14,7 @@ import pytest
 
 from llm_dynamics.callbacks import ProbeCallback
 from llm_dynamics.runlog import load_run
+from tests.distributed.explained_runs import RUNS, explained_trainer
 from tests.training import build_trainer, make_probes, save_tiny_model
 
 pytestmark = pytest.mark.distributed
@@ -45,6 +46,7 @@ def workspace(model_folder, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         config = LAUNCH.format(port=free.getsockname()[1])
     (workspace / "two.yaml").write_text(config)
+    save_tiny_model(workspace / "model")  # without dropout, of which each process draws its own
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(workspace / "two.yaml")]
     command += ["--module", "tests.distributed.worker", str(model_folder), str(workspace)]
     process = subprocess.Popen(
@@ -92,12 +94,15 @@ def assert_same_start(run, expected):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_watched_processes_end_with_the_bytes_and_loss_rows_of_processes_alone(kind, workspace):
-    alone, watched = ends_with(workspace, f"{kind}_alone"), ends_with(workspace, f"{kind}_watched")
+    alone, watched, explained = (ends_with(workspace, f"{kind}_{how}") for how in ("alone", "watched", "explained"))
     for rank in range(2):
         assert watched[rank]["rows"] == alone[rank]["rows"]
         assert watched[rank]["weights"] == alone[rank]["weights"]
+        assert explained[rank]["rows"] == alone[rank]["rows"]
+        assert explained[rank]["weights"] == alone[rank]["weights"]
         assert (watched[rank]["observed"], alone[rank]["observed"]) == ([0, 1, 2, 3], [])
     assert alone[0]["weights"] == alone[1]["weights"]  # the two did train one model
+    assert load_run(workspace / f"{kind}_explained").explained_steps == {"sft": [1, 2, 3], "dpo": [1, 3]}[kind]
 
 
 @pytest.mark.parametrize(("kind", "lora"), [("sft", True), ("dpo", False)])
@@ -132,3 +137,56 @@ def test_observations_that_do_not_fit_the_budget_are_skipped_by_both_processes(w
 def test_the_main_process_decides_where_clocks_disagree(workspace):
     assert load_run(workspace / "clocks_disagree").meta["skipped_steps"] == [1, 2]
     assert [process["observed"] for process in ends_with(workspace, "clocks_disagree")] == [[0, 3], [0, 3]]
+
+
+# ---- the account of the global step -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def accounts(request, workspace, tmp_path_factory):
+    """The logs of a run of two processes and of one on the same global batches."""
+    folder = tmp_path_factory.mktemp(request.param)
+    explained_trainer(request.param, workspace / "model", folder, world_size=1).train()
+    return load_run(workspace / f"account_{request.param}"), load_run(folder)
+
+
+def named(run, table):
+    """A table with its training examples named by their text: their numbers depend on the processes."""
+    examples = run.training_examples.assign(copy=lambda rows: rows.groupby(["step", "prompt", "response"]).cumcount())
+    frame = getattr(run, table)
+    if "example" not in frame:
+        return frame
+    names = examples[["step", "example", "prompt", "response", "copy"]]
+    frame = examples if table == "training_examples" else frame.merge(names, on=["step", "example"], validate="m:1")
+    return frame.drop(columns="example")
+
+
+def test_two_processes_account_for_the_global_step_as_one(accounts):
+    two, one = accounts
+    assert two.explained_steps == one.explained_steps == [1, 2]
+    for table in ("influence", "influence_tokens", "training_examples", "training_tokens", "influence_maps"):
+        ours, theirs = named(two, table), named(one, table)
+        assert len(ours) == len(theirs)
+        values = [column for column in theirs if pd.api.types.is_float_dtype(theirs[column])]
+        keys = [column for column in theirs if column not in values]
+        ours, theirs = (frame.sort_values(keys, ignore_index=True) for frame in (ours, theirs))
+        pd.testing.assert_frame_equal(ours[keys], theirs[keys])
+        np.testing.assert_allclose(ours[values], theirs[values], rtol=1e-6, atol=1e-6, err_msg=table)
+    values = ["explained", "measured_norm", "remainder_norm", "clip_factor", "grad_norm", "learning_rate"]
+    np.testing.assert_allclose(two.accounts[values], one.accounts[values], rtol=1e-6, atol=1e-6)
+
+
+def test_the_global_step_is_accounted_for(accounts):
+    two, _ = accounts
+    assert (two.accounts["explained"] > 0.999).all()
+    table = two.family_influence().groupby(["step", "family"]).agg({"share": "sum", "measured": "first"})
+    np.testing.assert_allclose(table["share"], table["measured"], atol=1e-9)
+    assert table["measured"].abs().max() > 0.02
+
+
+def test_examples_are_numbered_over_processes_also_where_each_has_one_sign(workspace):
+    run = load_run(workspace / "account_kto")
+    for _, rows in run.training_examples.groupby("step"):
+        assert rows["example"].tolist() == [0, 1, 2, 3]
+        assert rows["role"].tolist() == ["desirable", "desirable", "undesirable", "undesirable"]
+    assert {"up", "down"} <= set(run.influence["cause"])

@@ -14,6 +14,8 @@ from accelerate import PartialState
 
 from llm_dynamics.callbacks import watch
 from llm_dynamics.callbacks.schedule import Clock
+from tests.callbacks.explained import CHOSEN, short_probes
+from tests.distributed.explained_runs import RUNS, explained_trainer
 from tests.training import build_trainer, make_probes, own_rows, weights_of
 
 
@@ -23,6 +25,10 @@ def train(name, kind, *, probes=None, options=None, **arguments):
     if probes is not None:
         watch(trainer, probes, every=1, **(options or {}))
     trainer.train()
+    write_end(name, trainer)
+
+
+def write_end(name, trainer):
     weights = {name: hashlib.sha256(value).hexdigest() for name, value in weights_of(trainer).items()}
     observed = [row["step"] for row in trainer.state.log_history if "probe/chosen_logp" in row]
     ends_with = {"weights": weights, "rows": own_rows(trainer), "observed": observed}
@@ -33,6 +39,21 @@ def main():
     for kind, lora in (("sft", True), ("dpo", False)):
         for name, probes in (("alone", None), ("watched", make_probes())):
             train(f"{kind}_{name}", kind, lora=lora, probes=probes, gradient_accumulation_steps=2)
+
+    explaining = {
+        "sft": {"influence": {"every": 2, "history": "split", "map_probes": CHOSEN[:1]}},
+        "dpo": {"influence": {"every": 3, "detail": "probe"}},
+    }
+    for kind, lora in (("sft", True), ("dpo", False)):
+        probes = short_probes(1)  # one process has none
+        train(
+            f"{kind}_explained", kind, lora=lora, probes=probes, options=explaining[kind], gradient_accumulation_steps=2
+        )
+
+    for name in RUNS:
+        trainer = explained_trainer(name, WORKSPACE / "model", WORKSPACE / f"account_{name}", world_size=2)
+        trainer.train()
+        write_end(f"account_{name}", trainer)
 
     train("one_prompt", "sft", probes=make_probes(1), max_steps=1)
 

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from llm_dynamics.callbacks import ProbeCallback, watch
+from llm_dynamics.influence import LossTape
 from llm_dynamics.likelihood import scoring
+from llm_dynamics.runlog import load_run
+from tests.callbacks.explained import CHOSEN, short_probes
 from tests.training import build_trainer, make_probes, own_rows, save_tiny_model, uses_dropout, weights_of
 
 DROPOUT = 0.2
@@ -22,14 +25,43 @@ def model_folder(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("model"), dropout=DROPOUT)
 
 
-def run(kind, model_folder, output_dir, *, watched, **options):
-    trainer = build_trainer(
-        kind, model_folder, output_dir, dropout=DROPOUT, gradient_accumulation_steps=2, optim="adamw_torch", **options
-    )
-    if watched:
+ACCOUNTS = {
+    # what is asked of the account in each run: every detail, label, rule and table once
+    ("sft", False): {"detail": "token", "rule": "gauss2"},
+    ("sft", True): {"history": "split", "tokens_every": 2},
+    ("dpo", False): {"map_probes": [CHOSEN[0]]},
+    ("dpo", True): {"detail": "probe", "split_by": "role"},
+    ("grpo", False): {"history": "split", "map_probes": [CHOSEN[1]]},
+    ("grpo", True): {"training_tokens": ["other_train", CHOSEN[0]]},
+    ("kto", False): {"rule": "start"},
+    ("rloo", True): {"detail": "token", "split_by": "role"},
+    ("plain", False): {"training_tokens": ()},
+}
+
+
+def run(kind, model_folder, output_dir, *, watched, influence=None, **options):
+    options = {"gradient_accumulation_steps": 2, "optim": "adamw_torch"} | options
+    trainer = build_trainer(kind, model_folder, output_dir, dropout=DROPOUT, **options)
+    if influence is not None:
+        watch(trainer, short_probes(), every=1, influence={"every": 3, **influence})
+    elif watched:
         watch(trainer, make_probes(), every=1)
     trainer.train()
     return trainer
+
+
+@pytest.fixture(scope="module")
+def run_alone(model_folder, tmp_path_factory):
+    """Runs that nobody watches, by what they are; each made once."""
+    runs = {}
+
+    def alone(kind, **options):
+        key = f"{kind} {sorted(options.items())}"
+        if key not in runs:
+            runs[key] = run(kind, model_folder, tmp_path_factory.mktemp("alone"), watched=False, **options)
+        return runs[key]
+
+    return alone
 
 
 def assert_same_run(watched, alone):
@@ -38,8 +70,10 @@ def assert_same_run(watched, alone):
 
 
 @pytest.mark.parametrize(("kind", "lora"), RUNS, ids=[f"{kind}-{'lora' if lora else 'full'}" for kind, lora in RUNS])
-def test_a_watched_run_ends_with_the_bytes_and_loss_rows_of_the_run_alone(kind, lora, model_folder, tmp_path):
-    alone = run(kind, model_folder, tmp_path / "alone", watched=False, lora=lora)
+def test_a_watched_run_ends_with_the_bytes_and_loss_rows_of_the_run_alone(
+    kind, lora, model_folder, tmp_path, run_alone
+):
+    alone = run_alone(kind, lora=lora)
     watched = run(kind, model_folder, tmp_path / "watched", watched=True, lora=lora)
     assert_same_run(watched, alone)
 
@@ -52,10 +86,45 @@ def test_a_watched_run_ends_with_the_bytes_and_loss_rows_of_the_run_alone(kind, 
     assert uses_dropout(alone)
 
 
-def test_a_watched_run_in_bfloat16_is_that_of_the_run_alone(model_folder, tmp_path):
-    alone = run("sft", model_folder, tmp_path / "alone", watched=False, bf16=True)
+def assert_explained(trainer):
+    explained = [row["step"] for row in trainer.state.log_history if "influence/explained" in row]
+    assert explained == load_run(trainer.args.output_dir).explained_steps == [1, 3]
+
+
+@pytest.mark.parametrize(("kind", "lora"), RUNS, ids=[f"{kind}-{'lora' if lora else 'full'}" for kind, lora in RUNS])
+def test_an_explained_run_ends_with_the_bytes_and_loss_rows_of_the_run_alone(
+    kind, lora, model_folder, tmp_path, run_alone
+):
+    influence = ACCOUNTS[kind, lora]
+    explained = run(kind, model_folder, tmp_path, watched=True, influence=influence, lora=lora)
+    assert_same_run(explained, run_alone(kind, lora=lora))
+    assert_explained(explained)
+
+
+OTHERWISE = {
+    "checkpointing-off-clipped": ("dpo", {"gradient_checkpointing": False, "max_grad_norm": 0.1}),
+    "checkpointing-off-lora": ("sft", {"gradient_checkpointing": False, "lora": True}),
+    "plain-checkpointing-on": ("plain", {"gradient_checkpointing": True}),
+    "clipping-off": ("sft", {"max_grad_norm": 0.0}),
+    "bfloat16": ("sft", {"bf16": True}),
+    "sgd": ("dpo", {"optim": "sgd"}),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_an_explained_run_in_other_settings_is_that_of_the_run_alone(case, model_folder, tmp_path, run_alone):
+    kind, options = OTHERWISE[case]
+    explained = run(kind, model_folder, tmp_path, watched=True, influence={}, **options)
+    assert_same_run(explained, run_alone(kind, **options))
+    assert_explained(explained)
+    clipped = load_run(tmp_path).accounts["clip_factor"]
+    if "max_grad_norm" in options:
+        assert (clipped < 0.2).all() if options["max_grad_norm"] else (clipped == 1).all()
+
+
+def test_a_watched_run_in_bfloat16_is_that_of_the_run_alone(model_folder, tmp_path, run_alone):
     watched = run("sft", model_folder, tmp_path / "watched", watched=True, bf16=True)
-    assert_same_run(watched, alone)
+    assert_same_run(watched, run_alone("sft", bf16=True))
 
 
 def test_watching_leaves_an_adapter_with_frozen_parts_as_it_trains_alone(model_folder, tmp_path):
@@ -102,12 +171,35 @@ original = scoring.evaluating
 
 
 @pytest.mark.parametrize("broken", [drawing, staying_in_evaluation_mode, moving_a_weight])
-def test_the_comparison_sees_an_observation_that_leaves_a_trace(broken, model_folder, tmp_path):
-    alone = run("sft", model_folder, tmp_path / "alone", watched=False)
+def test_the_comparison_sees_an_observation_that_leaves_a_trace(broken, model_folder, tmp_path, run_alone):
+    alone = run_alone("sft", lora=False)
     with mock.patch.object(scoring, "evaluating", broken):
         watched = run("sft", model_folder, tmp_path / "watched", watched=True)
     with pytest.raises(AssertionError):
         assert_same_run(watched, alone)
+
+
+def drawing_random_numbers(tape, *args, **options):
+    """A broken tap: the split of the gradient draws from the global random state."""
+    torch.rand(1)
+    return original_part(tape, *args, **options)
+
+
+def leaving_a_gradient(tape, label, tapped, *args, **options):
+    """A broken tap: the split of the gradient reaches `.grad`."""
+    tapped.backward(torch.ones_like(tapped), retain_graph=True)
+    return original_part(tape, label, tapped, *args, **options)
+
+
+original_part = LossTape._add_part
+
+
+@pytest.mark.parametrize("broken", [drawing_random_numbers, leaving_a_gradient])
+def test_the_comparison_sees_an_account_that_leaves_a_trace(broken, model_folder, tmp_path, run_alone):
+    with mock.patch.object(LossTape, "_add_part", broken):
+        explained = run("sft", model_folder, tmp_path, watched=True, influence={"training_tokens": ()})
+    with pytest.raises(AssertionError):
+        assert_same_run(explained, run_alone("sft", lora=False))
 
 
 def state_of(trainer):

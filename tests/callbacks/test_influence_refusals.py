@@ -1,0 +1,161 @@
+"""Runs whose steps cannot be explained are refused when the callback is attached: by name, with the way out."""
+
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl import RewardConfig, RewardTrainer
+
+from llm_dynamics.callbacks import InfluenceCallback, ProbeCallback, watch
+from tests.conftest import PREFERENCES
+from tests.training import build_trainer, make_probes, save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def trainer(model_folder, tmp_path):
+    return build_trainer("sft", model_folder, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def probes():
+    return make_probes(2)
+
+
+def assert_untouched(trainer, folder):
+    assert not [c for c in trainer.callback_handler.callbacks if isinstance(c, InfluenceCallback | ProbeCallback)]
+    assert not trainer.model._forward_hooks
+    assert "clip_grad_norm_" not in vars(trainer.accelerator)
+    assert not (folder / "dynamics").exists()
+
+
+def deepspeed(trainer):
+    trainer.is_deepspeed_enabled = True
+    trainer.accelerator = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2)),
+        mixed_precision="no",
+        device=trainer.accelerator.device,
+    )
+
+
+def reentrant(trainer):
+    trainer.args.gradient_checkpointing = True
+    trainer.args.gradient_checkpointing_kwargs = {"use_reentrant": True}
+
+
+def setting(name):
+    return lambda trainer: setattr(trainer.args, name, True)
+
+
+UNEXPLAINABLE = {
+    "deepspeed": (deepspeed, "DeepSpeed partitions optimizer state"),
+    "quantised": (lambda trainer: setattr(trainer.model, "is_quantized", True), "the model is quantised"),
+    "fp16": (setting("fp16"), r"float16 mixed precision.*use bf16"),
+    "torch_compile": (setting("torch_compile"), r"torch_compile.*turn it off"),
+    "liger": (setting("use_liger_kernel"), r"Liger kernels.*turn use_liger_kernel off"),
+    "reentrant": (reentrant, r'reentrant gradient checkpointing.*"use_reentrant": False'),
+    "offloading": (setting("activation_offloading"), "turn activation_offloading off"),
+    "data_parallel": (lambda trainer: setattr(trainer.args, "_n_gpu", 2), r"nn.DataParallel.*accelerate launch"),
+}
+
+
+@pytest.mark.parametrize("case", UNEXPLAINABLE)
+def test_a_run_that_cannot_be_explained_is_refused_and_may_be_watched(case, trainer, probes, tmp_path):
+    change, message = UNEXPLAINABLE[case]
+    accelerator = trainer.accelerator
+    change(trainer)
+    for attach in (
+        lambda: watch(trainer, probes, influence=True),
+        lambda: trainer.add_callback(InfluenceCallback(trainer, probes)),
+    ):
+        with pytest.raises(NotImplementedError, match=rf"cannot be explained: .*{message}.*watch\(trainer, probes\)"):
+            attach()
+        trainer.accelerator, changed = accelerator, trainer.accelerator
+        assert_untouched(trainer, tmp_path)
+        trainer.accelerator = changed
+    assert isinstance(watch(trainer, probes), ProbeCallback)  # the way out
+
+
+def test_non_reentrant_checkpointing_is_explained(trainer, probes):
+    trainer.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    watch(trainer, probes, influence=True)
+
+
+def test_fsdp_is_refused_as_for_probes(trainer, probes, tmp_path):
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(NotImplementedError, match=r"FSDP shards the parameters.*Train with DDP"):
+        InfluenceCallback(trainer, probes)
+    assert_untouched(trainer, tmp_path)
+
+
+def test_a_reward_trainer_is_refused(model_folder, tmp_path, probes):
+    trainer = RewardTrainer(
+        AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1),
+        RewardConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+        train_dataset=Dataset.from_list(PREFERENCES),
+        processing_class=AutoTokenizer.from_pretrained(model_folder),
+    )
+    with pytest.raises(NotImplementedError, match=r"RewardTrainer trains a scalar score head.*Watch the policy"):
+        InfluenceCallback(trainer, probes)
+    assert_untouched(trainer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every is 0; allowed: 1, 2"),
+        ({"every": True}, "every is True"),
+        ({"tokens_every": 0}, "tokens_every is 0"),
+        ({"rule": "simpson"}, "rule is 'simpson'; allowed: start, midpoint, gauss2"),
+        ({"detail": "word"}, "detail is 'word'; allowed: family, probe, token"),
+        ({"history": "all"}, "history is 'all'; allowed: total, split"),
+        ({"split_by": "length"}, "split_by is 'length'; allowed: sign, role"),
+        ({"families": ("chosen", "best")}, r"families: \['best'\].*'chosen'"),
+        ({"families": ()}, r"families is empty.*'chosen'.*or None for all"),
+        ({"training_tokens": ("best",)}, r"training_tokens: \['best'\].*'chosen'"),
+        ({"families": ("chosen",), "training_tokens": ("rejected",)}, r"training_tokens: \['rejected'\].*'chosen'"),
+        ({"map_probes": ("p9/chosen",)}, r"map_probes: \['p9/chosen'\].*'p00000/chosen'"),
+        ({"families": ("chosen",), "map_probes": ("p00000/rejected",)}, r"map_probes: \['p00000/rejected'\]"),
+    ],
+)
+def test_an_argument_out_of_range_is_named_with_what_is_allowed_and_nothing_is_attached(
+    options, message, trainer, probes, tmp_path
+):
+    with pytest.raises(ValueError, match=message):
+        watch(trainer, probes, influence=options)
+    assert_untouched(trainer, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        InfluenceCallback(trainer, probes, **options)
+    assert_untouched(trainer, tmp_path)
+
+
+def test_an_argument_that_does_not_exist_leaves_nothing_attached(trainer, probes, tmp_path):
+    with pytest.raises(TypeError, match="evry"):
+        watch(trainer, probes, influence={"evry": 1})
+    assert_untouched(trainer, tmp_path)
+
+
+def test_a_refusal_leaves_the_probes_that_were_watched_before(trainer, probes):
+    callback = watch(trainer, probes)
+    with pytest.raises(ValueError, match="detail is 'word'"):
+        InfluenceCallback(trainer, probes, detail="word")
+    assert callback in trainer.callback_handler.callbacks
+
+
+def test_a_second_account_of_the_same_trainer_is_refused(trainer, probes):
+    watch(trainer, probes, influence=True)
+    with pytest.raises(ValueError, match="the trainer has an InfluenceCallback"):
+        InfluenceCallback(trainer, probes)
+
+
+def test_things_that_are_no_trainer_or_probe_set_are_named(trainer, tmp_path):
+    with pytest.raises(TypeError, match="trainer must be a transformers or TRL trainer; seen dict"):
+        InfluenceCallback({}, make_probes())
+    with pytest.raises(TypeError, match=r"probes must be a ProbeSet.*list"):
+        InfluenceCallback(trainer, PREFERENCES)
+    assert_untouched(trainer, tmp_path)
