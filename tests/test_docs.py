@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import datasets
@@ -9,14 +10,18 @@ import pytest
 from typer.testing import CliRunner
 
 from llm_dynamics import cli
+from llm_dynamics.callbacks.influence_settings import InfluenceSettings
+from llm_dynamics.callbacks.probe_account import DETAILS
+from llm_dynamics.influence import RULES
 from llm_dynamics.probes import FAMILY_ORDER
 from llm_dynamics.runlog import load_run, schema
 from tests.conftest import PREFERENCES
-from tests.training import save_tiny_model
+from tests.training import build_trainer, make_probes, save_tiny_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUNLOG = (ROOT / "docs" / "runlog.md").read_text(encoding="utf-8")
+INFLUENCE = (ROOT / "docs" / "influence.md").read_text(encoding="utf-8")
 PROBES = (ROOT / "docs" / "probes.md").read_text(encoding="utf-8")
 TABLES = {"probes": schema.PROBES, **schema.OBSERVED_TABLES}
 
@@ -41,6 +46,24 @@ def test_the_examples_of_the_readme_run_one_after_the_other(tmp_path, monkeypatc
     assert len(run.observed_steps) >= 2
     assert {"chosen", "rejected", "other_train", "ungrammatical"} == set(run.sequences["family"])
     assert "rejected" in capsys.readouterr().out
+
+
+def test_the_examples_of_the_page_on_the_account_run_in_a_run_of_dpo(tmp_path, capsys):
+    trainer = build_trainer("dpo", save_tiny_model(tmp_path / "model"), tmp_path / "out", max_steps=2)
+    namespace = {"__name__": "influence", "trainer": trainer, "probes": make_probes()}
+    examples = blocks(INFLUENCE, "python test")
+    assert len(examples) >= 2
+    for number, example in enumerate(examples, start=1):
+        exec(compile(example, f"docs/influence.md, example {number}", "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert "momentum" in printed
+    assert "explained" in printed
+    assert "share" in printed
+
+
+def test_the_page_on_the_account_names_every_option_and_rule():
+    for name in (*(field.name for field in fields(InfluenceSettings)), *RULES, *DETAILS):
+        assert f"`{name}`" in INFLUENCE or f'`"{name}"`' in INFLUENCE, name
 
 
 @pytest.mark.parametrize("table", TABLES)

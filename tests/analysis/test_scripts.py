@@ -25,3 +25,17 @@ def test_cost_of_watching_prints_its_three_tables():
     assert done.returncode == 0, done.stderr[-2000:]
     for part in ("One observation", "prompts not shared", "naive, one pass per family", "A DPO run"):
         assert part in done.stdout
+
+
+def test_cost_of_explaining_times_every_route():
+    done = run("cost_of_explaining.py", "--quick")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for part in ("by family", "by probe token, one cause", "by training token", "% at the default interval"):
+        assert part in done.stdout
+
+
+def test_optimizer_matters_sets_every_account_against_the_measured_change():
+    done = run("optimizer_matters.py", "--quick")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for part in ("-grad", "start", "midpoint", "gauss2", "sgd", "rmsprop", "adamw_torch_fused", "LoRA"):
+        assert part in done.stdout
