@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from llm_dynamics.likelihood.head import SplitModel, split_model
 from llm_dynamics.likelihood.packing import Layout, TokenizedResponse, batches, lay_out, pack
@@ -149,7 +150,8 @@ class ResponseLogps:
                     with keeping_rope(self.split.model) if self._own_rope else nullcontext():
                         add_batch(layout, token_weights[places])
 
-        at_weights(self.model, leaves, run)
+        with PaddingRows(learn=True):
+            at_weights(self.model, leaves, run)
         return {name: total[name] if name in total else torch.zeros_like(leaf) for name, leaf in leaves.items()}
 
     def subset(self, responses: Sequence[TokenizedResponse], batch_tokens: int = DEFAULT_BATCH_TOKENS) -> ResponseLogps:
@@ -255,7 +257,7 @@ def at_weights(model: nn.Module, weights: Weights, function: Callable[[], Any], 
     }
     given = {name: precise(tensor) for name, tensor in weights.items()}
     stand_ins = {f"model.{name}": tensor for name, tensor in {**converted, **given}.items()}
-    with torch.autocast(next(model.parameters()).device.type, enabled=False), _differentiable_attention(model):
+    with torch.autocast(next(model.parameters()).device.type, enabled=False), _differentiable_kernels(model):
         if not evaluate:
             with torch.no_grad():
                 return torch.func.functional_call(_Holder(model), stand_ins, (function,))
@@ -275,20 +277,58 @@ class _Holder(nn.Module):
         return function()
 
 
+class PaddingRows(TorchFunctionMode):
+    """While it is open, chooses whether the embedding of the padding token has a derivative.
+
+    Autograd leaves it out (`padding_idx`), forward mode does not, and log-probs do depend on it wherever the padding
+    token stands in a text, as where it is also the end of a turn.
+
+    Args:
+        learn: True: it has one, as any other token; False: it has none, in forward mode either, as in training.
+    """
+
+    def __init__(self, *, learn: bool) -> None:
+        super().__init__()
+        self.learn = learn
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look up embeddings as chosen; call all other functions as they are."""
+        if func is not torch.nn.functional.embedding:
+            return func(*args, **(kwargs or {}))
+        given = dict(zip(("input", "weight", "padding_idx", "max_norm"), args, strict=False)) | (kwargs or {})
+        rest = args[4:]
+        padding = given.get("padding_idx")
+        if padding is None or self.learn:
+            return _embed(given | {"padding_idx": None}, rest)
+        rows = _embed(given, rest)
+        is_padding = given["input"] == padding % len(given["weight"])
+        return torch.where(is_padding[..., None], forward_ad.unpack_dual(rows).primal, rows)
+
+
+def _embed(given: Mapping[str, Any], rest: Sequence[Any]) -> Tensor:
+    names = ("norm_type", "scale_grad_by_freq", "sparse")
+    return torch.nn.functional.embedding(**given, **dict(zip(names, rest, strict=False)))
+
+
 @contextmanager
-def _differentiable_attention(model: nn.Module) -> Iterator[None]:
-    """Choose attention that has forward derivatives: fused kernels have none."""
+def _differentiable_kernels(model: nn.Module) -> Iterator[None]:
+    """Choose attention and experts that have forward derivatives: fused and grouped kernels have none."""
     configs: list[Any] = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
-    fused = [c for c in configs if getattr(c, "_attn_implementation", None) not in (None, "sdpa", "eager")]
-    before = [config._attn_implementation for config in fused]
+    before = []
+    for name, differentiable, instead in (
+        ("_attn_implementation", (None, "sdpa", "eager"), "sdpa"),
+        ("_experts_implementation", (None, "eager"), "eager"),
+    ):
+        used = [(config, getattr(config, name, None)) for config in configs]
+        before += [(config, name, value, instead) for config, value in used if value not in differentiable]
     try:
-        for config in fused:
-            config._attn_implementation = "sdpa"
+        for config, name, _, instead in before:
+            setattr(config, name, instead)
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        for config, implementation in zip(fused, before, strict=True):
-            config._attn_implementation = implementation
+        for config, name, value, _ in before:
+            setattr(config, name, value)
 
 
 def _states(split: SplitModel, layout: Layout) -> Tensor:
