@@ -81,6 +81,7 @@ def main() -> None:
     every = (FLOOR, OURS, TUTORIAL, BACKWARDS, JVPS)
     cases = [
         Case("small", 64, 32, every),
+        Case("mid", 64, 8, every),
         Case("mid", 64, 32, every),
         Case("small", 256, 32, (FLOOR, OURS, BACKWARDS, JVPS)),
         Case("mid", 256, 32, (FLOOR, OURS)),
@@ -97,8 +98,9 @@ def main() -> None:
         "",
         f"`python analysis/kernel_cost.py --device {options.device} --rounds {options.rounds} --threads "
         f"{options.threads}`; hardware: {hardware}, {options.threads} thread(s); float32, torch {torch.__version__}. "
-        f"Times in {unit}, ways interleaved, medians of {options.rounds}; one probe and one training response; memory "
-        f"budget of token_kernel {MEMORY_MB} MB. The unit is one forward+backward of the same two sequences.",
+        f"Times in {unit}, ways interleaved, medians of {options.rounds} (T = 1024: one round); one probe and one "
+        f"training response; memory budget of token_kernel {MEMORY_MB} MB. The unit is one forward+backward of the "
+        "same two sequences.",
         "",
         f"| model | T | tokens | way | {unit} | / forward+backward | / token_kernel | peak MB |",
         "|---|---|---|---|---|---|---|---|",
@@ -123,7 +125,7 @@ def measure(case: Case, options: argparse.Namespace) -> list[str]:
         JVPS: job.jvps,
     }
     flat = 4e-9 * case.response * job.parameters  # GB of one side's gradients
-    needs = {TUTORIAL: 2.6 * flat, BACKWARDS: 1.2 * flat}
+    needs = {TUTORIAL: 4 * flat, BACKWARDS: 1.3 * flat}
     room = free_gigabytes(options.device)
     left_out = [name for name in case.ways if needs.get(name, 0) > room]
     ways = {name: ways[name] for name in case.ways if name not in left_out}
@@ -133,7 +135,7 @@ def measure(case: Case, options: argparse.Namespace) -> list[str]:
             torch.testing.assert_close(table, tables[OURS], rtol=0, atol=1e-4 * tables[OURS].abs().max().item())
     del tables
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(options.rounds):
+    for _ in range(options.rounds if case.tokens < 1024 else 1):
         for name, way in ways.items():
             seconds[name].append(timed(way, options.device))
     medians = {name: statistics.median(values) for name, values in seconds.items()}

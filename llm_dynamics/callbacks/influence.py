@@ -7,7 +7,9 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 from transformers import IntervalStrategy, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_dynamics import _trl
@@ -18,7 +20,7 @@ from llm_dynamics.callbacks.probe import ProbeCallback
 from llm_dynamics.callbacks.probe_account import ProbeAccount, account_of_probes, explained_by_gradient
 from llm_dynamics.callbacks.refusals import refuse_unexplainable
 from llm_dynamics.callbacks.roles import role_labelling
-from llm_dynamics.callbacks.sharding import average_weights
+from llm_dynamics.callbacks.sharding import average_weights, sum_over_processes
 from llm_dynamics.callbacks.token_account import TokenAccount, TokenAccountant
 from llm_dynamics.influence import (
     BeforeStep,
@@ -59,7 +61,8 @@ class InfluenceCallback(TrainerCallback):
 
     Works with every TRL trainer whose loss goes through label log-probs and a plain `Trainer`; full and PEFT weights;
     gradient accumulation; non-reentrant checkpointing; on data-parallel processes the account is that of the global
-    step. Memory: about six copies of the trained parameters in float32 while a step is explained.
+    step. Memory: about six copies of the trained parameters in float32 while a step is explained, and one of every
+    frozen weight of lower precision.
 
     Args:
         trainer: The trainer to watch.
@@ -97,6 +100,7 @@ class InfluenceCallback(TrainerCallback):
         self.history = MomentHistory() if settings.history == "split" else None
         self._open = ExitStack()
         self._tape: LossTape | None = None
+        self._seen_a_loss = False
         self._clip: list[float] = []
         self._before: BeforeStep | None = None
         self._pending: dict[str, Any] | None = None
@@ -111,6 +115,12 @@ class InfluenceCallback(TrainerCallback):
         """Note in the run log what will be explained."""
         if self.history is not None:
             self.history.by_label.clear()
+        if self.watcher.split.backbone is None and (self.settings.training_tokens or self.settings.map_probes):
+            logger.warning(
+                "%s computes its logits in an unknown way: training batches cannot be replayed, so no training tokens "
+                "and no own shares are told",
+                type(self.watcher.split.model).__name__,
+            )
         if state.is_world_process_zero:
             self.watcher.recorder.log.update_meta(influence=self.settings.describe())
 
@@ -135,7 +145,9 @@ class InfluenceCallback(TrainerCallback):
             return
         begun = time.monotonic()
         self._open.close()
-        self._tape.raise_if_empty()
+        if not self._seen_a_loss:
+            self._tape.raise_if_empty()  # a step without a loss later on, such as one that is skipped, is none of ours
+        self._seen_a_loss = True
         self._before = BeforeStep.of(self.trainer.optimizer, self._tape.parameters)
         self.watcher.clock.add(time.monotonic() - begun)
 
@@ -201,7 +213,9 @@ class InfluenceCallback(TrainerCallback):
     def _explain(self, tape: LossTape, before: Weights, update: UpdateSplit, number: int) -> dict[str, Any]:
         watcher, model = self.watcher, self.trainer.model
         assert model is not None
-        table = watcher.table[["probe_id", "prompt_id", "family"]]
+        prompts = self._prompts()
+        own = [prompts[probe.prompt_ids] for probe in watcher.encoded]  # one id where prompts are the same tokens
+        table = watcher.table[["probe_id", "family"]].assign(prompt_id=own)
         families = list(self.settings.families or ())
         mine = [i for i in watcher.share if table["family"].iloc[i] in families]
         counts = table["family"].value_counts()
@@ -241,16 +255,18 @@ class InfluenceCallback(TrainerCallback):
         targets = list(settings.training_tokens or ())
         if not (targets or settings.map_probes) or rule_for(innermost(self.trainer.optimizer)) is None:
             return None
-        prompts = dict(
-            zip((probe.prompt_ids for probe in self.watcher.encoded), self.watcher.table["prompt_id"], strict=True)
-        )
+        if step.split.backbone is None:
+            return None  # its batches cannot be replayed, see `on_train_begin`
+        if sum_over_processes(np.array([len(step.tape.batches)]))[0] == 0:
+            return None  # a step without a loss
         accountant = TokenAccountant(
-            step, self.roles, prompts, self.watcher.decode, _trl.sampling_temperature(self.trainer)
+            step, self.roles, self._prompts(), self.watcher.decode, _trl.sampling_temperature(self.trainer)
         )
         families = [target for target in targets if target in step.counts]
         probes = [target for target in targets if target not in (settings.families or ())]
         tokens = accountant.account(families, probes, settings.map_probes, tables=settings.tells_tokens(number))
-        allowed = REPLAY_TOLERANCE.get(self.trainer.accelerator.mixed_precision, 0.3)
+        coarse = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in step.model.parameters())
+        allowed = REPLAY_TOLERANCE["bf16" if coarse else self.trainer.accelerator.mixed_precision]
         if tokens.replay_error > allowed:
             logger.warning(
                 "replaying the training batch gave log-probs up to %.2g nats from those in training: the shares of "
@@ -258,6 +274,13 @@ class InfluenceCallback(TrainerCallback):
                 tokens.replay_error,
             )
         return tokens
+
+    def _prompts(self) -> dict[tuple[int, ...], str]:
+        """Return the prompt id of every probe prompt, the first where several have the same tokens."""
+        prompts: dict[tuple[int, ...], str] = {}
+        for probe, prompt_id in zip(self.watcher.encoded, self.watcher.table["prompt_id"], strict=True):
+            prompts.setdefault(probe.prompt_ids, prompt_id)
+        return prompts
 
     def _tables(self, probes: ProbeAccount, tokens: TokenAccount | None) -> dict[str, pd.DataFrame]:
         influence = probes.influence

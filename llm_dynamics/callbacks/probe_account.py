@@ -102,7 +102,8 @@ def _by_family(step: FinishedStep) -> pd.DataFrame:
     if step.logps is not None:
         account = _account(step, torch.stack([step.family_mean(family) for family in families]))
         measured = account.measured.numpy()
-        shares = np.stack([account.shares[cause].numpy() for cause in causes])
+        for k, cause in enumerate(causes):
+            shares[k] = account.shares[cause].numpy()
     shares, measured = sum_over_processes(shares), sum_over_processes(measured)
     rows = [
         {"family": family, "probe_id": None, "n_probes": step.counts[family], "cause": cause, "share": share[f]}

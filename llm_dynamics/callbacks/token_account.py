@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm_dynamics.callbacks.finished_step import FinishedStep
 from llm_dynamics.callbacks.sharding import gather_frames, sum_over_processes, union_over_processes
@@ -134,7 +134,7 @@ class TokenAccountant:
     ) -> dict[str, float]:
         """Return what some examples did to a target, by the label that their tokens have in the whole micro-batch."""
         step = self.step
-        alone = restricted(step.model, [batch], examples)
+        alone = restricted([batch], examples)
         if not alone:
             return {}
         shares = self._influence(alone, gradient).shares
@@ -152,7 +152,7 @@ class TokenAccountant:
             return rows[0].assign(probe_id=probe, example=0)
         here = strongest.index(max(strongest)) == step.accelerator.process_index
         example = int(by_example.index[int(by_example.argmax())]) if here else -1
-        batches = restricted(step.model, step.tape.batches, [example])
+        batches = restricted(step.tape.batches, [example])
         positions = influence.loc[influence["example"] == example, "position"].to_numpy()
         for m in range(max(gather_object([self._length_of(probe)]))):
             gradient = step.gradient(partial(self._token_of, probe, m))
@@ -176,27 +176,26 @@ class TokenAccountant:
         """Stack frames of all processes, with examples counted over the global batch."""
         index = self.step.accelerator.process_index
         sizes = np.zeros(self.step.accelerator.num_processes)
-        sizes[index] = self.local.examples["example"].max() + 1
+        sizes[index] = sum(int(batch.example.max()) + 1 for batch in self.step.tape.batches[-1:])
         offset = int(sum_over_processes(sizes)[:index].sum())
         frame = pd.concat(frames, ignore_index=True)
         return gather_frames(frame.assign(example=frame["example"] + offset, order=index), "order")
 
 
-def restricted(model: nn.Module, batches: Sequence[MicroBatch], examples: Sequence[int]) -> list[MicroBatch]:
+def restricted(batches: Sequence[MicroBatch], examples: Sequence[int]) -> list[MicroBatch]:
     """Return the micro-batches with only some examples' losses: whole, where their dropout must be drawn again.
 
     Args:
-        model: The model, in the modes of training.
         batches: The micro-batches.
         examples: Which examples' coefficients to keep.
     """
     kept = []
     for batch in batches:
-        alone = replace(batch, c=batch.c * is_among(batch.example, examples))
+        alone = replace(batch, c=batch.c.masked_fill(~is_among(batch.example, examples), 0))
         rows = alone.has_loss.any(dim=1)
         if not rows.any():
             continue
-        if not draws_random(model):
+        if batch.random is None:
             size = len(rows)
             inputs = {
                 name: value[rows] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size else value
@@ -212,14 +211,3 @@ def restricted(model: nn.Module, batches: Sequence[MicroBatch], examples: Sequen
 def is_among(example: Tensor, examples: Sequence[int]) -> Tensor:
     """Tell which entries are one of some examples, bool, of the same shape."""
     return torch.isin(example, torch.tensor(list(examples), device=example.device, dtype=torch.long))
-
-
-def draws_random(model: nn.Module) -> bool:
-    """Tell whether a forward in training draws dropout masks."""
-    if not model.training:
-        return False
-    if any(isinstance(module, nn.Dropout) and module.p > 0 and module.training for module in model.modules()):
-        return True
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    settings = [item for config in configs.values() for item in vars(config).items()]
-    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in settings)

@@ -12,6 +12,9 @@ from llm_dynamics.influence import MicroBatch
 from llm_dynamics.influence.plain_logits import IGNORED
 from llm_dynamics.influence.tape import Labelling
 
+_EXAMPLE_COLUMNS = ["example", "role", "prompt_id", "prompt", "response", "n_tokens", "c_sum"]
+_TOKEN_COLUMNS = ["example", "token_id", "logp", "c", "position"]
+
 
 @dataclass(frozen=True)
 class TrainingExamples:
@@ -47,7 +50,8 @@ def describe_examples(
     Returns:
         The tables; examples are numbered from 0 on this process.
     """
-    examples, tokens = [], []
+    examples: list[dict[str, object]] = []
+    tokens = [pd.DataFrame(columns=_TOKEN_COLUMNS)] if not batches else []
     for batch in batches:
         ids, labels, owner = batch.inputs["input_ids"].cpu(), batch.labels.cpu(), batch.example.cpu()
         starts = _sequence_starts(batch)
@@ -63,7 +67,7 @@ def describe_examples(
                 {
                     "example": example,
                     "role": next((name for name, mask in names.items() if mask[row, columns].any()), "trained"),
-                    "prompt_id": prompts.get(tuple(prompt)),
+                    "prompt_id": _prompt_id(prompts, prompt, ids[row, start:].tolist()),
                     "prompt": decode(prompt),
                     "response": decode(response),
                     "n_tokens": len(columns),
@@ -84,7 +88,23 @@ def describe_examples(
         )
     all_tokens = pd.concat(tokens, ignore_index=True)
     texts = {token: decode([token]) for token in all_tokens["token_id"].unique().tolist()}
-    return TrainingExamples(pd.DataFrame(examples), all_tokens.assign(token=all_tokens["token_id"].map(texts)))
+    named = all_tokens.assign(token=all_tokens["token_id"].map(texts))
+    return TrainingExamples(pd.DataFrame(examples, columns=_EXAMPLE_COLUMNS), named)
+
+
+def _prompt_id(prompts: Mapping[tuple[int, ...], str], prompt: list[int], sequence: list[int]) -> str | None:
+    """Return the id of the probe prompt that an example has.
+
+    Args:
+        prompts: Prompt id of each probe prompt, by its token ids.
+        prompt: The example's tokens before the first with a loss.
+        sequence: Its tokens from the first on. Where all but the first have a loss, the data do not say where a prompt
+            ends: then it is the longest probe prompt that the sequence begins with.
+    """
+    if len(prompt) > 1 or tuple(prompt) in prompts:
+        return prompts.get(tuple(prompt))
+    lengths = sorted({len(known) for known in prompts}, reverse=True)
+    return next((prompts[begin] for n in lengths if (begin := tuple(sequence[:n])) in prompts), None)
 
 
 def _sequence_starts(batch: MicroBatch) -> list[list[int]]:

@@ -84,6 +84,7 @@ def _adam(group: Mapping[str, Any], state: Mapping[str, Any], had_moment: bool) 
     t = _number(state["step"])
     second = _wide(state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"])
     scale = -lr / (1 - beta1**t) / (second.sqrt().div_((1 - beta2**t) ** 0.5).add_(group["eps"]))
+    scale = scale.masked_fill_(second == 0, 0.0)  # never a gradient: no token moved the weight, though 1/eps is huge
     gradient = scale * (1 - beta1)
     decoupled = group.get("decoupled_weight_decay", False)
     decay = (-lr * wd if decoupled else gradient * wd) if wd else 0.0
@@ -97,7 +98,7 @@ def _rmsprop(group: Mapping[str, Any], state: Mapping[str, Any], had_moment: boo
     if group["centered"]:
         mean = _wide(state["grad_avg"])
         second = second - mean * mean
-    scale = 1.0 / second.sqrt().add_(group["eps"])
+    scale = (1.0 / second.sqrt().add_(group["eps"])).masked_fill_(state["square_avg"] == 0, 0.0)  # as for Adam
     gradient = -lr * scale
     return LinearStep(gradient * sign, -lr * mu, gradient * wd if wd else 0.0, mu, scale * sign)
 

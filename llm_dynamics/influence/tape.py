@@ -28,6 +28,12 @@ class RandomState:
         """Return the present state."""
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
+    def is_now(self, device: torch.device) -> bool:
+        """Tell whether nothing was drawn since."""
+        now = RandomState.now(device)
+        same_cuda = self.cuda is None or now.cuda is None or torch.equal(self.cuda, now.cuda)
+        return torch.equal(self.cpu, now.cpu) and same_cuda
+
     def restore(self, device: torch.device) -> None:
         """Make this the present state."""
         torch.set_rng_state(self.cpu)
@@ -48,7 +54,7 @@ class MicroBatch:
             token up. 0 where there is no loss.
         example: Index of the token's example, (B, S), int64, counted over the whole step; a packed row holds several.
         shifted: Whether labels came shifted (S = T).
-        random: Random state before the forward; None where it was not kept.
+        random: Random state before the forward; None where the forward drew nothing, or the state was not kept.
     """
 
     inputs: Mapping[str, Any]
@@ -163,6 +169,8 @@ class LossTape:
         tapped = logps if logps is not None else getattr(output, "logits", None)
         if tapped is None or not tapped.requires_grad:
             return  # generation, evaluation, the reference: nothing is learnt from it
+        if random is not None and random.is_now(next(module.parameters()).device):
+            random = None
         inputs = dict(kwargs)
         if args:
             inputs["input_ids"] = args[0]
@@ -184,6 +192,9 @@ class LossTape:
         if fused:
             logps, c = tapped.detach(), gradient
         else:
+            if inputs.get("labels") is None and not shifted:  # those of all tokens: the loss took some of them
+                taken = gradient[:, : labels.shape[1]].any(dim=-1)
+                labels = labels.masked_fill(~taken, IGNORED)
             logps, c = coefficients_from_logits(tapped.detach(), gradient, labels)
         valid = labels != IGNORED
         example = _examples(inputs, labels.shape, shifted) + self._n_examples

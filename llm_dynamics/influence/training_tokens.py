@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from llm_dynamics.influence.optimizers import Factor
 from llm_dynamics.influence.tape import MicroBatch
-from llm_dynamics.kernel.derivatives import Weights, at_weights, dual_weights, unpacked
+from llm_dynamics.kernel.derivatives import PaddingRows, Weights, at_weights, dual_weights, unpacked
 from llm_dynamics.likelihood.head import SplitModel
 
 _HEAD_ROWS = 512
@@ -82,7 +82,7 @@ def influence_of_training_tokens(
             f"{type(split.model).__name__} computes its logits in an unknown way: its batches cannot be replayed"
         )
     device = split.device
-    shares, places, error = [], [], 0.0
+    shares, places, error = [torch.zeros(0, dtype=torch.float64)], [torch.zeros((0, 3), dtype=torch.long)], 0.0
     random_devices = [device] if device.type == "cuda" else []
     with forward_ad.dual_level(), torch.random.fork_rng(devices=random_devices):
         weights = dual_weights(before, direction)
@@ -94,7 +94,8 @@ def influence_of_training_tokens(
                     batch.random.restore(device)
                 return _replay(split, batch, where, temperature)
 
-            logps, tangents = at_weights(model, weights, replay, evaluate=False)
+            with PaddingRows(learn=False):
+                logps, tangents = at_weights(model, weights, replay, evaluate=False)
             c = batch.c[where[:, 0], where[:, 1]].double().cpu() / n_processes
             recorded = batch.logps[where[:, 0], where[:, 1]].double().cpu()
             shares.append(c * tangents.double().cpu())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from llm_dynamics.influence.optimizers import Factor, LinearStep, rule_for
@@ -15,6 +16,9 @@ Weights = Mapping[str, Tensor]
 
 MOMENTUM, OTHER, DECAY, ROUNDING, STEP = "momentum", "other", "decay", "rounding", "step"
 """Causes that are not labels of tokens; `step` is the whole update of an optimizer that is not known."""
+
+_SURELY_NOT_ROUNDING = 10
+"""Times the precision of a weight's format; rounding of weights and of the optimizer's arithmetic stays within 3."""
 
 _CAUSES = (MOMENTUM, OTHER, DECAY, ROUNDING, STEP, "remainder")
 
@@ -122,6 +126,7 @@ def split_update(
     groups = {id(p): group for group in inner.param_groups for p in group["params"]}
     parts: dict[str, dict[str, Tensor]] = {}
     per_gradient: dict[str, Factor] = {}
+    changed_by_others: list[str] = []
     for name, parameter in parameters.items():
         if parameter.grad is None or id(parameter) not in groups:
             continue
@@ -144,7 +149,14 @@ def split_update(
             parts.setdefault(cause, {})[name] = part
             change -= part
         parts.setdefault(ROUNDING, {})[name] = change
+        if _is_more_than_rounding(change, parameter, mine):
+            changed_by_others.append(name)
     note = None
+    if changed_by_others:
+        note = (
+            f"{ROUNDING} is more than rounding in {len(changed_by_others)} parameters, such as "
+            f"{changed_by_others[0]}: not {type(inner).__name__} alone changed them (a hook, or another callback?)"
+        )
     if rule is None:
         note = f"{type(inner).__name__} is not known: its whole update is one cause, `{STEP}`"
     return UpdateSplit(parts, per_gradient, note)
@@ -152,9 +164,7 @@ def split_update(
 
 def innermost(optimizer: Any) -> torch.optim.Optimizer:
     """Return the optimizer inside accelerate's wrappers."""
-    while not type(optimizer).__module__.startswith("torch.") and isinstance(
-        getattr(optimizer, "optimizer", None), torch.optim.Optimizer
-    ):
+    while isinstance(optimizer, AcceleratedOptimizer):  # any other wrapper may do more than what it wraps
         optimizer = optimizer.optimizer
     inner: torch.optim.Optimizer = optimizer
     return inner
@@ -184,6 +194,12 @@ def _other_parts(
     if not isinstance(step.decay, float) or step.decay != 0:
         parts[DECAY] = _wide(weight) * step.decay
     return parts
+
+
+def _is_more_than_rounding(change: Tensor, parameter: Tensor, parts: Mapping[str, Tensor]) -> bool:
+    """Tell whether what is left of a parameter's change is out of proportion to its format, by norms."""
+    size = float(_wide(parameter).norm()) + sum(float(part.norm()) for part in parts.values())
+    return float(change.norm()) > _SURELY_NOT_ROUNDING * torch.finfo(parameter.dtype).eps * size
 
 
 def _carry(history: MomentHistory, step: LinearStep, clipped: Mapping[str, Tensor], name: str) -> None:

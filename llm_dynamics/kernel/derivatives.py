@@ -295,19 +295,14 @@ class PaddingRows(TorchFunctionMode):
         """Look up embeddings as chosen; call all other functions as they are."""
         if func is not torch.nn.functional.embedding:
             return func(*args, **(kwargs or {}))
-        given = dict(zip(("input", "weight", "padding_idx", "max_norm"), args, strict=False)) | (kwargs or {})
-        rest = args[4:]
+        names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+        given = dict(zip(names, args, strict=False)) | (kwargs or {})
         padding = given.get("padding_idx")
         if padding is None or self.learn:
-            return _embed(given | {"padding_idx": None}, rest)
-        rows = _embed(given, rest)
+            return func(**given | {"padding_idx": None})
+        rows = func(**given)
         is_padding = given["input"] == padding % len(given["weight"])
         return torch.where(is_padding[..., None], forward_ad.unpack_dual(rows).primal, rows)
-
-
-def _embed(given: Mapping[str, Any], rest: Sequence[Any]) -> Tensor:
-    names = ("norm_type", "scale_grad_by_freq", "sparse")
-    return torch.nn.functional.embedding(**given, **dict(zip(names, rest, strict=False)))
 
 
 @contextmanager

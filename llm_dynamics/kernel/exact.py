@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -149,36 +149,35 @@ def _fill(values: Tensor, ghost: Ghost, plan: Plan, on_progress: Callable[[int, 
     """Write all but the head's own part: rows are those of the side that passes by, columns those of the side kept."""
     done = 0
 
-    def watched(tapes: Iterable[Tape]) -> Iterator[Tape]:
+    def report(tape: Tape) -> None:
         nonlocal done
-        for tape in tapes:
-            yield tape
-            done += len(tape.rows)
-            if on_progress is not None:
-                on_progress(done, plan.rows)
+        done += len(tape.rows)
+        if on_progress is not None:
+            on_progress(done, plan.rows)
 
     for block in plan.blocks:
-        _fill_block(values, ghost, plan, block, watched)  # in a call of its own, after which its tapes are gone
+        _fill_block(values, ghost, plan, block, report)  # in a call of its own, after which its tapes are gone
 
 
 def _fill_block(
-    values: Tensor,
-    ghost: Ghost,
-    plan: Plan,
-    block: Sequence[Pass],
-    watched: Callable[[Iterable[Tape]], Iterator[Tape]],
+    values: Tensor, ghost: Ghost, plan: Plan, block: Sequence[Pass], report: Callable[[Tape], None]
 ) -> None:
-    kept = {one: list(watched(ghost.tapes(one, plan.materialised_kept))) for one in block}
+    kept: dict[Pass, Tape] = {}
+    for one in block:
+        kept[one] = ghost.tape(one, plan.materialised_kept)
+        report(kept[one])
     by_response: dict[ResponseRows, list[Tape]] = {}
-    for one, tapes in kept.items():
-        by_response.setdefault(one.source, []).extend(tapes)
+    for one, tape in kept.items():
+        by_response.setdefault(one.source, []).append(tape)
     same_form = plan.materialised_kept == plan.materialised_stream
     for one in plan.stream:
-        known = kept.get(one) if same_form else None  # a response on both sides needs one tape
-        for tape in watched(known or ghost.tapes(one, plan.materialised_stream)):
-            for tapes in by_response.values():
-                numbers = torch.cat([other.rows for other in tapes])
-                values[tape.rows[:, None], numbers] = _inner_products(tape, tapes, ghost).to(values)
+        # a response on both sides needs one tape
+        known = kept.get(one) if same_form else None
+        tape = known or ghost.tape(one, plan.materialised_stream)
+        for tapes in by_response.values():
+            numbers = torch.cat([other.rows for other in tapes])
+            values[tape.rows[:, None], numbers] = _inner_products(tape, tapes, ghost).to(values)
+        report(tape)
 
 
 def _inner_products(left: Tape, rights: Sequence[Tape], ghost: Ghost) -> Tensor:

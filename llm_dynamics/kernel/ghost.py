@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llm_dynamics.kernel.head_rows import HeadRows, meet_head
-from llm_dynamics.kernel.layers import Dense, Form
+from llm_dynamics.kernel.layers import Dense, Form, concatenate
 from llm_dynamics.kernel.output_head import OutputHead, output_head
 from llm_dynamics.kernel.parameters import Rules, verify_rules
 from llm_dynamics.kernel.plan import Pass, Sizes
@@ -96,15 +96,15 @@ class Ghost:
         """Return the tokens of all rows of a response at the head."""
         return self._meet(source, None)[0]
 
-    def tapes(self, one: Pass, materialised: frozenset[str]) -> Iterator[Tape]:
+    def tape(self, one: Pass, materialised: frozenset[str]) -> Tape:
         """Run a pass: one forward, then one batched backward per batch of rows.
 
         Args:
             one: The pass.
             materialised: Linear weights whose gradients are formed.
 
-        Yields:
-            The tape of each batch.
+        Returns:
+            The tape of all of its rows.
         """
         with recording(self.rules.hooked) as calls, torch.enable_grad():
             outputs = self._outputs(one.source.ids[: one.length])
@@ -113,12 +113,16 @@ class Ghost:
         for call in (call for made in calls.values() for call in made):
             call.check()
         edges = [call.output for made in calls.values() for call in made]
+        batches: list[dict[str, Form]] = []
         for batch in one.batches:
-            tokens, cotangents = self._cotangents(one.source, batch, outputs)
-            inputs = [*edges, *self.rules.dense.values()]
-            grads = batched_grad(outputs, inputs, cotangents)
-            forms = self._forms(calls, grads, len(batch), outputs.shape[0], materialised)
-            yield Tape(torch.tensor([one.source.first + row for row in batch]), forms, tokens)
+            cotangents = self._cotangents(one.source, batch, outputs)
+            grads = batched_grad(outputs, [*edges, *self.rules.dense.values()], cotangents)
+            batches.append(self._forms(calls, grads, len(batch), outputs.shape[0], materialised))
+        # one form of many rows: products of few rows with few are bound by memory, not by arithmetic
+        forms = {name: concatenate([batch.pop(name) for batch in batches]) for name in list(batches[0])}
+        rows = [row for batch in one.batches for row in batch]
+        head = None if self.head is None else self._meet(one.source, outputs.detach())[0].of(rows)
+        return Tape(torch.tensor(rows) + one.source.first, forms, head)
 
     def _outputs(self, ids: Sequence[int]) -> Tensor:
         """Run over T ids: hidden states (T, d) where the backbone is known, else logits (T, V)."""
@@ -159,17 +163,15 @@ class Ghost:
         tolerance = _SAME.get(whole.dtype, 0.1) * whole.abs().max()
         return not bool(((whole[: len(half)] - half).abs() <= tolerance).all())
 
-    def _cotangents(
-        self, source: ResponseRows, batch: tuple[int, ...], outputs: Tensor
-    ) -> tuple[HeadRows | None, Tensor]:
+    def _cotangents(self, source: ResponseRows, batch: tuple[int, ...], outputs: Tensor) -> Tensor:
         if self.head is None:
-            return None, torch.eye(len(source.spans), dtype=outputs.dtype, device=outputs.device)[list(batch)]
+            return torch.eye(len(source.spans), dtype=outputs.dtype, device=outputs.device)[list(batch)]
         tokens, back, positions = self._meet(source, outputs.detach())
         cotangents = outputs.new_zeros(len(batch), *outputs.shape)
         for i, row in enumerate(batch):
             mine = tokens.row == row
             cotangents[i].index_add_(0, positions[mine.to(positions.device)], back[mine].to(cotangents))
-        return tokens.of(batch), cotangents
+        return cotangents
 
     def _forms(
         self,

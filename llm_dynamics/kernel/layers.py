@@ -11,7 +11,7 @@ All products are taken in float32 at least.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,9 @@ class Dense:
 
 Form = Factors | Lookup | Dense
 
+PRODUCT_BYTES_ON_CPU = 12 * 2**20
+"""Largest temporary of a product on a CPU, so that it stays in the last-level cache."""
+
 
 def wide(x: Tensor) -> Tensor:
     """Return `x` in float32 at least."""
@@ -68,6 +71,16 @@ def lookup(ids: Tensor, g: Tensor) -> Lookup:
     """Add up gradients (R, S, d) by the outputs of an embedding at positions with the same id (S,)."""
     distinct, place = torch.unique(ids, return_inverse=True)
     return Lookup(distinct, g.new_zeros(g.shape[0], len(distinct), g.shape[2]).index_add_(1, place, g))
+
+
+def concatenate(parts: Sequence[Form]) -> Form:
+    """Put rows of the same calls of the same layer side by side."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Dense):
+        return Dense(torch.cat([part.rows for part in parts if isinstance(part, Dense)]))
+    return replace(first, g=torch.cat([part.g for part in parts if not isinstance(part, Dense)]))
 
 
 def gram(left: Form, rights: Sequence[Form]) -> Tensor:
@@ -104,20 +117,25 @@ def _gram_of_two(left: Form, right: Form) -> Tensor:
 
 
 def _factors_with_factors(left: Factors, rights: Sequence[Factors]) -> Tensor:
-    m, s, _ = left.g.shape
-    at_left = sum(r.g.shape[0] * s * (r.g.shape[1] + m) for r in rights)
+    m, s, d_out = left.g.shape
     longest = max(rights, key=lambda right: right.a.shape[0])
+    at_left = sum(r.g.shape[0] * s * (r.g.shape[1] + m) for r in rights)
     at_right = m * s * longest.a.shape[0] + sum(m * r.g.shape[0] * r.g.shape[1] for r in rights)
     if at_left < at_right:  # multiply-adds per output of the layer
-        return torch.cat([_through(right, left).T for right in rights], dim=1)
-    if len(rights) > 1 and all(right.nested for right in rights):
-        moved = _moved(left, longest.a)
-        return torch.cat([sum_over_positions(moved[:, : right.a.shape[0]], wide(right.g)) for right in rights], dim=1)
-    return torch.cat([_through(left, right) for right in rights], dim=1)
+        return torch.cat([_factors_with_factors(right, [left]).T for right in rights], dim=1)
+    at_once = m
+    if left.g.device.type == "cpu":
+        at_once = max(1, PRODUCT_BYTES_ON_CPU // max(1, longest.a.shape[0] * d_out * max(4, left.g.element_size())))
+    blocks = [replace(left, g=g) for g in left.g.split(at_once)]
+    if all(right.nested for right in rights):
+        return torch.cat([_through(block, longest.a, rights) for block in blocks])
+    return torch.cat([torch.cat([_through(b, right.a, [right]) for right in rights], dim=1) for b in blocks])
 
 
-def _through(left: Factors, right: Factors) -> Tensor:
-    return sum_over_positions(_moved(left, right.a), wide(right.g))
+def _through(left: Factors, a: Tensor, rights: Sequence[Factors]) -> Tensor:
+    """Multiply with several sets whose inputs are prefixes of `a`."""
+    moved = _moved(left, a)
+    return torch.cat([sum_over_positions(moved[:, : right.a.shape[0]], wide(right.g)) for right in rights], dim=1)
 
 
 def _moved(left: Factors, a: Tensor) -> Tensor:

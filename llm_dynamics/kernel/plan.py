@@ -20,7 +20,7 @@ CACHE_BYTES = 3 * 2**20
 _FORWARDS_PER_PASS = {"cpu": 2.0}
 _FORWARDS_PER_PASS_ELSEWHERE = 16.0  # launches, not arithmetic, make a short pass cost what it costs
 _TEMPORARIES = 8  # of the widest layer's size, alive at once in a batched backward
-_KEPT_SHARE = 0.75  # of the memory budget; the rest is for the rows in flight
+_KEPT_SHARE, _STREAM_SHARE = 0.55, 0.25  # of the memory budget; the rest is for temporaries
 _DENSE_GROWTH = 2.0
 
 
@@ -137,7 +137,7 @@ def make_plan(
     for keeps_train in (True, False):
         kept, stream = (train, probes) if keeps_train else (probes, train)
         dense_kept, dense_stream = _materialised(kept, stream, sizes, contraction)
-        room = int(budget * _KEPT_SHARE)
+        room, room_in_stream = int(budget * _KEPT_SHARE), int(budget * _STREAM_SHARE)
         passes = [p for s in kept for p in _passes(s, sizes, dense_kept, budget, truncate, room)]
         blocks: list[list[Pass]] = []
         free = 0
@@ -148,13 +148,13 @@ def make_plan(
                 free = room
             blocks[-1].append(one)
             free -= size
-        passing = [p for s in stream for p in _passes(s, sizes, dense_stream, budget, truncate, None)]
+        passing = [p for s in stream for p in _passes(s, sizes, dense_stream, budget, truncate, room_in_stream)]
         plans.append(Plan(keeps_train, blocks, passing, dense_kept, dense_stream))
     return min(plans, key=lambda plan: plan.cost)
 
 
 def _passes(
-    source: ResponseRows, sizes: Sizes, dense: frozenset[str], budget: int, truncate: bool, room: int | None
+    source: ResponseRows, sizes: Sizes, dense: frozenset[str], budget: int, truncate: bool, room: int
 ) -> list[Pass]:
     stops = [stop for _, stop in source.spans]
     order = sorted(range(len(stops)), key=lambda row: -stops[row])  # longest first: what it keeps serves the others
@@ -166,12 +166,11 @@ def _passes(
             if truncate
             else len(order)
         )
-        if room is not None:
-            fits = (room - sizes.input_bytes(length)) // max(1, sizes.row_bytes(length, dense))
-            share = min(fits, share)
-            _check_fits(fits, length, room + budget - int(budget * _KEPT_SHARE), budget)
+        fits = (room - sizes.input_bytes(length)) // max(1, sizes.row_bytes(length, dense))
+        _check_fits(fits, length, room, budget)
+        share = min(fits, share)
         here, order = order[:share], order[share:]
-        most = _rows_per_batch(length, sizes, dense, budget)
+        most = _rows_per_batch(length, sizes, budget)
         size = math.ceil(len(here) / math.ceil(len(here) / most))  # even batches
         batches = tuple(tuple(here[i : i + size]) for i in range(0, len(here), size))
         passes.append(Pass(source, length, batches))
@@ -190,12 +189,12 @@ def _rows_per_pass(stops: Sequence[int], prompt_length: int, device: str) -> int
     return math.ceil(len(stops) / passes)
 
 
-def _rows_per_batch(length: int, sizes: Sizes, dense: frozenset[str], budget: int) -> int:
+def _rows_per_batch(length: int, sizes: Sizes, budget: int) -> int:
     temporary = max(1, sizes.temporary_bytes(length))
-    in_flight = budget - int(budget * _KEPT_SHARE)
-    fits = in_flight // (sizes.row_bytes(length, dense) + _TEMPORARIES * temporary)
-    _check_fits(fits, length, in_flight, budget)
-    return max(1, min(fits, CACHE_BYTES // temporary)) if sizes.device == "cpu" else fits
+    room = int(budget * (1 - _KEPT_SHARE - _STREAM_SHARE))
+    fits = room // (_TEMPORARIES * temporary)
+    _check_fits(fits, length, room, budget)
+    return min(fits, max(1, CACHE_BYTES // temporary)) if sizes.device == "cpu" else fits
 
 
 def _check_fits(rows: int, length: int, room: int, budget: int) -> None:

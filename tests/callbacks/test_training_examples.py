@@ -55,6 +55,21 @@ def test_a_right_padded_row_is_told_apart_into_prompt_and_response(shifted):
     assert described.tokens["logp"].tolist() == [-0.5] * 5
 
 
+def test_a_text_with_a_loss_on_all_of_it_has_the_prompt_that_it_begins_with():
+    batch = micro_batch([[5, 6, 7], [8, 4, 3], [5, 7, 6]], [[1, 2]] * 3, attention_mask=[[1, 1, 1]] * 3)
+    assert describe(batch).examples["prompt_id"].tolist()[:2] == ["p0", "p1"]
+    assert describe(batch).examples["prompt_id"].isna().tolist() == [False, False, True]
+
+
+def test_batches_without_a_token_that_is_trained_on_have_empty_tables():
+    ids = [[5, 6, 7]]
+    for batches in ([micro_batch(ids, [[]], attention_mask=[[1, 1, 1]])], []):
+        described = describe(*batches)
+        assert len(described.examples) == len(described.tokens) == 0
+        assert {"example", "prompt_id"} <= set(described.examples.columns)
+        assert {"example", "token", "c"} <= set(described.tokens.columns)
+
+
 def test_padding_on_the_left_is_no_part_of_the_prompt():
     batch = micro_batch(
         [[0, 0, 8, 4, 3, 0], [0, 5, 6, 7, 2, 1]],

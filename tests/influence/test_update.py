@@ -6,6 +6,7 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 from transformers.optimization import Adafactor
 
 from llm_dynamics.influence import BeforeStep, MomentHistory, split_update
+from llm_dynamics.influence.update import innermost
 from tests.influence.optimizer_cases import CASES, SHAPES, STEPS, Model, largest_excess, parts_by_formula, take_step
 
 
@@ -206,3 +207,43 @@ def test_a_parameter_outside_the_optimizer_has_no_parts(known):
 
 def test_shapes_of_the_cases_cover_what_a_model_has():
     assert {len(shape) for shape in SHAPES.values()} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.RMSprop])
+def test_a_weight_whose_gradients_cancelled_to_nothing_has_no_parts(make):
+    """Its factor would be lr / eps: a hundred thousand times any other, for a weight that did not move."""
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    optimizer = make([parameter], lr=1e-3, weight_decay=0.0)
+    up, down = torch.tensor([0.5, 0.5]), torch.tensor([-0.5, 0.25])
+    parameter.grad = up + down
+    before = BeforeStep.of(optimizer, {"w": parameter})
+    optimizer.step()
+    update = split_update(optimizer, {"w": parameter}, before, {"up": {"w": up}, "down": {"w": down}})
+    assert update.parts["up"]["w"][0] == update.parts["down"]["w"][0] == update.per_gradient["w"][0] == 0
+    assert update.parts["up"]["w"][1] == 2 * update.parts["down"]["w"][1] < 0
+    assert float(update.parts["rounding"]["w"].abs().max()) < 1e-7
+
+
+def test_a_change_that_is_not_the_optimizers_is_noted():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], lr=1e-3)
+    notes = []
+    for factor in (1.0, 0.999):
+        parameter.grad = torch.ones(3)
+        before = BeforeStep.of(optimizer, {"w": parameter})
+        optimizer.step()
+        with torch.no_grad():
+            parameter.mul_(factor)
+        notes.append(split_update(optimizer, {"w": parameter}, before, {"up": {"w": torch.ones(3)}}).note)
+    assert notes[0] is None
+    assert "rounding is more than rounding in 1 parameters, such as w: not AdamW alone" in notes[1]
+
+
+def test_a_wrapper_that_may_do_more_is_not_taken_off():
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            super().__init__(optimizer.param_groups, {})
+            self.optimizer = optimizer
+
+    wrapper = Lookahead(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
+    assert innermost(wrapper) is wrapper
