@@ -13,7 +13,8 @@ accounts of it:
 
 Each as explained share, 1 - |measured - accounted|^2 / |measured|^2 over all probe tokens. The last column closes the
 books of the summed log-prob of the chosen responses by training token: |measured - (all training tokens + momentum +
-decay + other + rounding)| / (|up| + |down|), by gauss2: chosen moves by a small difference of two large forces. Float32, gradient clipping at 1, no dropout.
+decay + other + rounding)| / (|up| + |down|), by gauss2: chosen moves by a small difference of two large forces.
+Float32, gradient clipping at 1, no dropout.
 """
 
 from __future__ import annotations

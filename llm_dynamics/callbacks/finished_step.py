@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from llm_dynamics.influence import LossTape, UpdateSplit, measured_change, path_gradient
-from llm_dynamics.kernel.derivatives import ResponseLogps, Weights, precise
+from llm_dynamics.kernel.derivatives import ResponseLogps
+from llm_dynamics.kernel.weights import Weights, precise
 from llm_dynamics.likelihood import SplitModel
 from llm_dynamics.probes import EncodedProbe
 

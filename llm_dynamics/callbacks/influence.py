@@ -34,7 +34,7 @@ from llm_dynamics.influence import (
 from llm_dynamics.influence.optimizers import rule_for
 from llm_dynamics.influence.tape import Labelling
 from llm_dynamics.influence.update import innermost
-from llm_dynamics.kernel.derivatives import Weights
+from llm_dynamics.kernel.weights import Weights
 from llm_dynamics.likelihood.preserve import keeping_rope
 from llm_dynamics.probes import ProbeSet
 

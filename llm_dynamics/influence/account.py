@@ -10,7 +10,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from llm_dynamics.kernel.derivatives import ResponseLogps, Weights, precise
+from llm_dynamics.kernel.derivatives import ResponseLogps
+from llm_dynamics.kernel.weights import Weights, precise
 
 _HALF_GAUSS = 1 / (2 * math.sqrt(3))
 RULES: Mapping[str, tuple[tuple[float, float], ...]] = MappingProxyType(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llm_dynamics.influence.account import path_nodes
-from llm_dynamics.kernel.derivatives import ResponseLogps, Weights
+from llm_dynamics.kernel.derivatives import ResponseLogps
+from llm_dynamics.kernel.weights import Weights
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_dynamics.influence.plain_logits import IGNORED, coefficients_from_logits, gradient_of_logits
-from llm_dynamics.kernel.derivatives import unshared
+from llm_dynamics.kernel.weights import unshared
 
 _FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
 

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from llm_dynamics.influence.optimizers import Factor
 from llm_dynamics.influence.tape import MicroBatch
-from llm_dynamics.kernel.derivatives import PaddingRows, Weights, at_weights, dual_weights, unpacked
+from llm_dynamics.kernel.weights import PaddingRows, Weights, at_weights, dual_weights, unpacked
 from llm_dynamics.likelihood.head import SplitModel
 
 _HEAD_ROWS = 512

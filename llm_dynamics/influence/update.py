@@ -11,8 +11,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from llm_dynamics.influence.optimizers import Factor, LinearStep, rule_for
-
-Weights = Mapping[str, Tensor]
+from llm_dynamics.kernel.weights import Weights
 
 MOMENTUM, OTHER, DECAY, ROUNDING, STEP = "momentum", "other", "decay", "rounding", "step"
 """Causes that are not labels of tokens; `step` is the whole update of an optimizer that is not known."""

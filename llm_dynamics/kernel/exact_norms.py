@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from llm_dynamics.kernel.derivatives import Weights
 from llm_dynamics.kernel.norms import BlockNorms, prepare_sides
 from llm_dynamics.kernel.token_states import TokenStates, units_of
+from llm_dynamics.kernel.weights import Weights
 from llm_dynamics.likelihood.head import SplitModel
 from llm_dynamics.likelihood.packing import TokenizedResponse
 from llm_dynamics.likelihood.scoring import DEFAULT_BATCH_TOKENS

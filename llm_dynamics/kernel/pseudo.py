@@ -30,10 +30,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from llm_dynamics.kernel.derivatives import Weights
 from llm_dynamics.kernel.last_layer import residual_products
 from llm_dynamics.kernel.residuals import PAPER_RULE
 from llm_dynamics.kernel.token_states import TokenStates, trainable_weights, units_of
+from llm_dynamics.kernel.weights import Weights
 from llm_dynamics.likelihood.head import SplitModel
 from llm_dynamics.likelihood.packing import TokenizedResponse
 from llm_dynamics.likelihood.scoring import DEFAULT_BATCH_TOKENS

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from llm_dynamics.kernel.derivatives import Weights, at_weights, precise
 from llm_dynamics.kernel.output_head import BLOCK_BYTES, BLOCK_BYTES_ON_CPU, OutputHead, output_head
+from llm_dynamics.kernel.weights import Weights, at_weights, precise
 from llm_dynamics.likelihood.head import SplitModel, split_model
 from llm_dynamics.likelihood.packing import Layout, TokenizedResponse, batches, lay_out, pack
 from llm_dynamics.likelihood.preserve import evaluating, keeping_rope

@@ -13,6 +13,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from llm_dynamics.kernel import derivatives
 from llm_dynamics.kernel.derivatives import ResponseLogps
+from llm_dynamics.kernel.weights import unshared
 from tests.kernel.brute_force import in_float64, jacobian, trainable
 from tests.likelihood.models import VOCAB, build, make_responses, plain_logps
 
@@ -290,7 +291,7 @@ def test_a_parameter_that_no_log_prob_depends_on_has_a_gradient_of_zero():
 def test_gradients_that_share_memory_are_told_apart():
     shared, base = torch.ones(2, 3), torch.arange(6.0).view(2, 3)
     given = [shared, shared, None, torch.ones(()).expand(4), base[0], base[1], base.T]
-    own = derivatives.unshared(given)
+    own = unshared(given)
     values = [None if tensor is None else tensor.clone() for tensor in given]
     for k, tensor in enumerate(own):
         if tensor is not None:
