@@ -191,7 +191,6 @@ def influence_settings(probes: ProbeSet, settings: DemoSettings) -> dict[str, An
         "training_tokens": ["chosen", "rejected", one],
         "tokens_every": settings.dpo_tokens_every,
         "history": "split",
-        "compare_gradient": True,
     }
 
 
@@ -221,6 +220,7 @@ def _arguments(settings: DemoSettings, folder: Path, steps: int, batch: int, lea
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": False,
+        "gradient_checkpointing": False,  # so small a model fits; the account takes more backward passes
         "seed": settings.seed,
         "bf16": torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
