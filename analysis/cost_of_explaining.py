@@ -92,14 +92,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=6, help="DPO steps of the last table; 0 leaves it out")
+    parser.add_argument("--steps", type=int, default=6, help="DPO steps of the last table, at least 4; 0: none")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
+    if 0 < options.steps < 4:
+        parser.error("--steps must be 0 or at least 4: some explained, some not")
     warnings.filterwarnings("ignore")
     datasets.disable_progress_bars()
     rows = load_preferences("train")
     if options.quick:
-        options.rounds, options.steps = 1, min(options.steps, 3)
+        options.rounds, options.steps = 1, min(options.steps, 4)
         torch.set_num_threads(1)
         tokenizer = build_tiny_tokenizer([row["chosen"][0]["content"] for row in rows])
         model = build_tiny_model(len(tokenizer))
