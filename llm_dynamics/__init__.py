@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_dynamics.callbacks.displacement import DisplacementCallback
     from llm_dynamics.callbacks.influence import InfluenceCallback
     from llm_dynamics.callbacks.probe import ProbeCallback
     from llm_dynamics.callbacks.watch import watch
@@ -16,10 +17,14 @@ if TYPE_CHECKING:
     from llm_dynamics.probes import Probe, ProbeSet, encode_probes
     from llm_dynamics.report import write_report
     from llm_dynamics.runlog import load_run, load_runs
+    from llm_dynamics.trainers import NTHRConfig, NTHRGRPOTrainer, measure_lld
 
 __all__ = [
+    "DisplacementCallback",
     "InfluenceCallback",
     "LossTape",
+    "NTHRConfig",
+    "NTHRGRPOTrainer",
     "Probe",
     "ProbeCallback",
     "ProbeSet",
@@ -27,6 +32,7 @@ __all__ = [
     "encode_probes",
     "load_run",
     "load_runs",
+    "measure_lld",
     "score_responses",
     "split_update",
     "squeezing_stats",
@@ -36,13 +42,14 @@ __all__ = [
 ]
 
 _FOLDERS = {
-    "callbacks": ("InfluenceCallback", "ProbeCallback", "watch"),
+    "callbacks": ("DisplacementCallback", "InfluenceCallback", "ProbeCallback", "watch"),
     "influence": ("LossTape", "account_for_change", "split_update"),
     "kernel": ("token_kernel",),
     "likelihood": ("score_responses", "squeezing_stats"),
     "probes": ("Probe", "ProbeSet", "encode_probes"),
     "report": ("write_report",),
     "runlog": ("load_run", "load_runs"),
+    "trainers": ("NTHRConfig", "NTHRGRPOTrainer", "measure_lld"),
 }
 
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
 from transformers import Trainer
 from trl import GRPOTrainer, RLOOTrainer
+from trl.models.utils import disable_gradient_checkpointing as disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from llm_dynamics.likelihood.preserve import keeping_trainable
@@ -40,6 +44,23 @@ def add_to_next_row(trainer: Trainer, metrics: Mapping[str, float]) -> bool:
     for name, value in metrics.items():
         store["train"][name] = [value]
     return True
+
+
+def append_metric(trainer: Trainer, training: bool, name: str, value: float) -> None:
+    """Add a value to a TRL trainer's metric, which its next row averages; NaN values are left out of the average.
+
+    Args:
+        trainer: A TRL trainer.
+        training: Whether it belongs to training rows, rather than to those of evaluation.
+        name: Of the metric.
+        value: In nats or whatever the metric is in.
+    """
+    trainer._metrics["train" if training else "eval"][name].append(value)  # type: ignore[attr-defined]
+
+
+def takes_images(trainer: GRPOTrainer) -> bool:
+    """Tell whether the trainer's model is a vision-language model."""
+    return bool(trainer._is_vlm)
 
 
 def log_row(trainer: Trainer, metrics: Mapping[str, float]) -> None:
@@ -122,3 +143,141 @@ def recording_clip(trainer: Trainer) -> Iterator[list[float]]:
 def sampling_temperature(trainer: Trainer) -> float:
     """Return what the trainer's loss divides logits by: the sampling temperature of GRPO and RLOO, 1 elsewhere."""
     return float(getattr(trainer, "temperature", 1.0)) if isinstance(trainer, GRPOTrainer | RLOOTrainer) else 1.0
+
+
+LOSSES_BY_TOKEN = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+"""Losses of `GRPOTrainer` that were seen to multiply (B, T) advantages token by token."""
+
+
+@dataclass
+class LogpPass:
+    """One call that computed a rollout batch's log-probs.
+
+    Attributes:
+        logps: What it returned, (B, T).
+        states: Input of the LM head at the positions that predict the completion, (B, T, d); None where not asked for.
+    """
+
+    logps: Tensor
+    states: Tensor | None = None
+
+
+@contextmanager
+def recording_logp_passes(
+    trainer: GRPOTrainer, backbone: nn.Module | None = None, policy: nn.Module | None = None
+) -> Iterator[list[LogpPass]]:
+    """Record the calls of the trainer's method that computes log-probs of completions, while the context is open.
+
+    Args:
+        trainer: A GRPO trainer.
+        backbone: The part of the policy whose output the LM head takes: its output is kept, for the first call that is
+            made with the policy.
+        policy: The policy as it will be called, wrapped for training; None: the trainer's model.
+
+    Yields:
+        The passes made with the policy, in order. That of the old policy is the one whose `logps` is the very
+        tensor that `_generate_and_score_completions` returns as `old_per_token_logps`.
+    """
+    original = trainer._get_per_token_logps_and_entropies
+    passes: list[LogpPass] = []
+
+    def compute(model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **kwargs: Any) -> Any:
+        if model is not (trainer.model if policy is None else policy):
+            return original(model, input_ids, attention_mask, logits_to_keep, **kwargs)
+        wanted = backbone if not passes else None
+        with completion_states(wanted, logits_to_keep) as states:
+            result = original(model, input_ids, attention_mask, logits_to_keep, **kwargs)
+        passes.append(LogpPass(result[0], torch.cat(states) if states else None))
+        return result
+
+    trainer._get_per_token_logps_and_entropies = compute  # type: ignore[method-assign]
+    try:
+        yield passes
+    finally:
+        del trainer._get_per_token_logps_and_entropies  # the class's own is seen again
+
+
+@contextmanager
+def completion_states(backbone: nn.Module | None, length: int) -> Iterator[list[Tensor]]:
+    """Keep what `backbone` puts out at the positions that predict the last `length` tokens, while the context is open.
+
+    Args:
+        backbone: Its forward returns an output with `last_hidden_state`, (b, P + T, d); None: nothing is kept.
+        length: T.
+
+    Yields:
+        One (b, T, d) for each forward, in order, detached.
+    """
+    states: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        states.append(output.last_hidden_state[:, -length - 1 : -1].detach().clone())
+
+    if backbone is None:
+        yield states
+        return
+    handle = backbone.register_forward_hook(keep)
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
+@dataclass
+class Rollout:
+    """What a GRPO trainer's last generation gave.
+
+    Attributes:
+        inputs: The rows of the data set, one per local completion.
+        batch: The local tensors that the loss will take (`prompt_ids`, `completion_ids`, `advantages`...).
+        rewards_per_func: Of the *global* batch, (B, F), NaN where a function gave none.
+        training: Whether it was generated to be trained on, rather than in evaluation.
+    """
+
+    inputs: list[dict[str, Any]]
+    batch: dict[str, Any]
+    rewards_per_func: Tensor
+    training: bool
+
+
+@contextmanager
+def recording_rollouts(trainer: GRPOTrainer | RLOOTrainer) -> Iterator[list[Rollout]]:
+    """Record each generation of a GRPO or RLOO trainer, while the context is open.
+
+    Args:
+        trainer: The trainer.
+
+    Yields:
+        A list to which each generation is appended when it is scored; empty it to free the tensors.
+    """
+    generate, reward = trainer._generate_and_score_completions, trainer._calculate_rewards
+    rollouts: list[Rollout] = []
+    rewards: list[Tensor] = []
+
+    def calculate(*args: Any, **kwargs: Any) -> Tensor:
+        rewards[:] = [reward(*args, **kwargs)]
+        return rewards[0]
+
+    def generate_and_score(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        training = bool(trainer.model.training)  # type: ignore[union-attr]
+        batch = generate(inputs)
+        rollouts.append(Rollout(list(inputs), dict(batch), rewards.pop(), training))
+        return batch
+
+    trainer._generate_and_score_completions = generate_and_score  # type: ignore[method-assign]
+    trainer._calculate_rewards = calculate  # type: ignore[method-assign]
+    try:
+        yield rollouts
+    finally:
+        del trainer._generate_and_score_completions, trainer._calculate_rewards
+
+
+def group_size(trainer: GRPOTrainer | RLOOTrainer, training: bool) -> int:
+    """Return G, the completions of one question, in training or in evaluation."""
+    return int((trainer.num_generations if training else trainer.num_generations_eval) or 1)
+
+
+def summed_rewards(trainer: GRPOTrainer | RLOOTrainer, rewards_per_func: Tensor) -> Tensor:
+    """Weight and sum the rewards of several functions as the trainer does: (B, F) to (B,); NaN where none gave one."""
+    weighted = rewards_per_func * trainer.reward_weights.to(rewards_per_func.device)
+    return weighted.nansum(dim=1).masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)

@@ -17,10 +17,11 @@ ALLOWED = {
     "likelihood": set(),
     "kernel": {"likelihood"},
     "runlog": set(),
+    "rollouts": {"likelihood"},
     "influence": {"likelihood", "kernel"},
     "report": {"runlog"},
-    "callbacks": {"_trl", "probes", "likelihood", "kernel", "influence", "runlog"},
-    "trainers": {"_trl", "probes", "likelihood", "kernel", "influence", "runlog", "callbacks"},
+    "callbacks": {"_trl", "probes", "likelihood", "kernel", "influence", "rollouts", "runlog"},
+    "trainers": {"_trl", "probes", "likelihood", "kernel", "influence", "rollouts", "runlog", "callbacks"},
     "_trl": set(),
     "data": set(),
 }

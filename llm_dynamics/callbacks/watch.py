@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Trainer
 
+from llm_dynamics.callbacks.displacement import DisplacementCallback
 from llm_dynamics.callbacks.influence import InfluenceCallback
 from llm_dynamics.callbacks.probe import ProbeCallback
 from llm_dynamics.probes import ProbeSet
@@ -22,6 +23,7 @@ def watch(
     every: int = 25,
     *,
     influence: bool | Mapping[str, Any] = False,
+    displacement: bool | Mapping[str, Any] = False,
     **options: Any,
 ) -> ProbeCallback:
     """Watch `probes` while `trainer` trains; nothing else about the run changes.
@@ -33,12 +35,15 @@ def watch(
         influence: Also explain optimizer steps: which cause and which training tokens moved the probes. True explains
             the first step, every `4 * every` steps and the last; a mapping gives arguments of `InfluenceCallback`, such
             as `{"every": 10, "history": "split"}`.
+        displacement: Of a GRPO or RLOO trainer, also measure what steps do to the correct responses that they are taken
+            on: `lld/*`. True measures one step in `every`; a mapping gives arguments of `DisplacementCallback`.
         **options: Further arguments of `ProbeCallback`.
 
     Returns:
         The callback, already added to the trainer; `load_run(callback.log_folder)` reads what it wrote.
 
     Raises:
+        TypeError: Where `displacement` is asked of a trainer that does not roll out; nothing is attached then.
         ValueError: As for `ProbeCallback` and `InfluenceCallback`; nothing is attached then.
         NotImplementedError: As for `ProbeCallback` and `InfluenceCallback`; nothing is attached then.
 
@@ -50,12 +55,17 @@ def watch(
         probes = ProbeSet.load(probes)
     callback = ProbeCallback(trainer, probes, every, **options)
     trainer.add_callback(callback)
-    if influence is not False:
-        given = {} if influence is True else dict(influence)
-        settings = {"every": EXPLAINED_PER_OBSERVATIONS * every, **given}
-        try:
+    try:
+        if displacement is not False:
+            given = {} if displacement is True else dict(displacement)
+            measures = DisplacementCallback(trainer, **{"every": every, **given})  # type: ignore[arg-type]
+        if influence is not False:
+            given = {} if influence is True else dict(influence)
+            settings = {"every": EXPLAINED_PER_OBSERVATIONS * every, **given}
             trainer.add_callback(InfluenceCallback(trainer, probes, **settings))
-        except Exception:
-            trainer.remove_callback(callback)  # what is refused leaves the trainer as it was
-            raise
+        if displacement is not False:
+            trainer.add_callback(measures)
+    except Exception:
+        trainer.remove_callback(callback)  # what is refused leaves the trainer as it was
+        raise
     return callback

@@ -69,6 +69,8 @@ class ResponseLogps:
         if len(responses) == 0:
             raise ValueError("no responses given: there is nothing to differentiate")
         self.model = model
+        self.responses = responses
+        self._batch_tokens = batch_tokens
         if split is None:
             with evaluating(model):
                 split = split_model(model)
@@ -127,15 +129,20 @@ class ResponseLogps:
         return self._dual(weights, direction, read, places)
 
     def gradient(self, weights: Weights, token_weights: Tensor) -> dict[str, Tensor]:
-        """Return d/d theta of sum_m w_m log pi(y_m), one forward and backward of the tokens with w_m != 0.
+        """Return d/d theta of sum_m w_m log pi(y_m), one forward and backward of the responses with some w_m != 0.
 
         Args:
             weights: Where to differentiate; the gradient has their names and shapes.
-            token_weights: w, (N,); batches whose weights are all zero are skipped.
+            token_weights: w, (N,).
 
         Returns:
             The gradient by name, float32 at least; zero where the log-probs do not depend on a parameter.
         """
+        asked = set(self.owner[token_weights != 0].tolist())
+        if 0 < len(asked) < len(self.responses):
+            # rows are shared by responses to one prompt: those with no weight would run along
+            some = self.subset([self.responses[i] for i in sorted(asked)], self._batch_tokens)
+            return some.gradient(weights, token_weights[torch.isin(self.owner, torch.tensor(sorted(asked)))])
         leaves = {name: precise(value.detach()).requires_grad_() for name, value in weights.items()}
         total: dict[str, Tensor] = {}
 
@@ -150,7 +157,7 @@ class ResponseLogps:
 
         def run() -> None:
             for layout, places in zip(self._layouts, self._places, strict=True):
-                if (token_weights[places] != 0).any():
+                if (token_weights[places] != 0).any():  # none has where all weights are zero
                     with keeping_rope(self.split.model) if self._own_rope else nullcontext():
                         add_batch(layout, token_weights[places])
 

@@ -14,6 +14,7 @@ Where the head is tied to the input embeddings, only its role as head is counted
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +138,65 @@ def anchor_scores(
         for r, part in enumerate(zip(g_l.split(sizes), h_l.split(sizes), w.split(sizes), strict=True)):
             total[:, r] += AnchorSum().add(*part).score(g_m, h_m)
     return total if by_response else total[:, 0]
+
+
+@dataclass(frozen=True)
+class AnchorProducts:
+    """What tokens have to do with anchor responses, and these with each other, by the LM head alone.
+
+    Attributes:
+        scores: sum_r w_r <G_m, M_r> of each token m, (N,), with G_m = g_m h_m^T and M_r their sum over response r.
+        products: <M_r, M_r'>, (R, R), of the responses unweighted.
+    """
+
+    scores: Tensor
+    products: Tensor
+
+
+def anchor_products(
+    head: OutputHead,
+    tokens: HeadTokens,
+    anchors: HeadTokens,
+    *,
+    weights: Tensor | None = None,
+    rule: ResidualRule = EXACT_RULE,
+) -> AnchorProducts:
+    """Compute `anchor_scores` of tokens, and the inner products of the anchor responses with each other.
+
+    With `M_r = sum_{k in r} g_k h_k^T` (V, d), the score of all tokens of response r' against response r adds up to
+    `<M_r', M_r>`: anchors need no scores of their own. Per token about four products with the head's weight in all (the
+    logits twice where they do not fit into `output_head.KEPT_BYTES`), per pair of responses one of length V d.
+
+    Args:
+        head: The LM head.
+        tokens: N tokens to be scored, none or more.
+        anchors: Tokens of R responses; a response may be empty.
+        weights: w, (R,), one for each response; None: all one.
+        rule: Which residual, at which temperature, over which vocabulary.
+
+    Returns:
+        Scores and products, float32, or float64 for a float64 head; on the head's device.
+
+    Raises:
+        ValueError: Where shapes or ids do not fit.
+    """
+    sizes = anchors.lengths.tolist()
+    if weights is not None and weights.shape != (len(sizes),):
+        raise ValueError(f"weights must be (R,), one for each of {len(sizes)} responses; seen {tuple(weights.shape)}")
+    h_m, h_l = (side.hidden.to(head.weight.device, head.dtype) for side in (tokens, anchors))
+    w = (torch.ones(len(sizes)) if weights is None else weights).to(h_l)
+    scores = h_m.new_zeros(len(h_m))
+    products = h_m.new_zeros(len(sizes), len(sizes))
+    width = (len(sizes) + 1) * h_l.shape[1]
+    for g_m, g_l in head.residuals([(h_m, tokens.labels), (h_l, anchors.labels)], rule, beside=width):
+        with as_given(g_l):
+            sums = torch.stack([g.T @ h for g, h in zip(g_l.split(sizes), h_l.split(sizes), strict=True)])
+            flat = sums.flatten(1)
+            products.addmm_(flat, flat.T)
+            if len(h_m):
+                matrix = (w @ flat).view(sums.shape[1:])
+                scores += torch.linalg.vecdot(g_m @ matrix, h_m)
+    return AnchorProducts(scores, products)
 
 
 def residual_products(

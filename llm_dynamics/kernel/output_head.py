@@ -16,6 +16,9 @@ BLOCK_BYTES_ON_CPU = 12 * 2**20
 """Bytes of one (N, columns) block on a CPU: it then stays in the last-level cache between its uses."""
 BLOCK_BYTES = 2**28
 """Bytes of one (N, columns) block elsewhere."""
+KEPT_BYTES = 2**30
+"""Most bytes of logits that are kept between the two passes over the vocabulary, so that the second need not repeat the
+first's products."""
 _FEWEST_COLUMNS = 64
 
 
@@ -73,25 +76,18 @@ class OutputHead:
         Returns:
             log sum_v exp(z_v / t), and log(1 - pi_y), each (N,).
         """
-        device = self.weight.device
-        labels = labels.to(device)
-        others = torch.full((len(hidden),), -torch.inf, dtype=self.dtype, device=device)
-        of_label = others.clone()
-        for start, stop in _ranges(self.vocab_size, self._width(len(hidden), rule)):
-            z = self.logits(hidden, slice(start, stop)).div_(rule.temperature)
-            rows, places = label_places(labels, slice(start, stop))
-            of_label[rows] = z[rows, places]
-            z[rows, places] = -torch.inf
-            others = others.logaddexp(z.logsumexp(dim=1))
-        total = others.logaddexp(of_label)
-        return total, others - total
+        blocks = (self.logits(hidden, columns) for columns in self._blocks(len(hidden), rule))
+        return self._normalisers(blocks, labels, rule)
 
-    def residuals(self, sides: Sequence[tuple[Tensor, Tensor]], rule: ResidualRule) -> Iterator[list[Tensor]]:
+    def residuals(
+        self, sides: Sequence[tuple[Tensor, Tensor]], rule: ResidualRule, *, beside: int = 0
+    ) -> Iterator[list[Tensor]]:
         """Yield the residuals of all tokens of several sets, a block of columns at a time.
 
         Args:
             sides: Hidden states (N, d) and labels (N,) of each set.
             rule: Which residual, and which columns.
+            beside: Numbers that the caller keeps for each column of a block; blocks are as narrow as these ask for.
 
         Yields:
             For each set its (N, columns), float32 or float64; the blocks together make up the columns of `rule`.
@@ -100,25 +96,57 @@ class OutputHead:
             ValueError: Where the vocabulary of `rule` is not that of this head.
         """
         vocabulary = rule.vocabulary_of(self.vocab_size)
-        norms = [self.normalisers(*side, rule) for side in sides]
-        width = self._width(max(len(hidden) for hidden, _ in sides), rule)
-        if vocabulary is None:
-            pieces: Iterable[slice | Tensor] = (slice(*ends) for ends in _ranges(self.vocab_size, width))
-        else:
-            pieces = vocabulary.to(self.weight.device).split(width)
-        for columns in pieces:
-            yield [self._residuals(*side, *norm, columns, rule) for side, norm in zip(sides, norms, strict=True)]
+        rows = [len(hidden) for hidden, _ in sides]
+        keeps = vocabulary is None and sum(rows) * self.vocab_size * self.dtype.itemsize <= KEPT_BYTES
+        blocks = self._blocks(max(*rows, beside), rule)
+        kept: list[list[Tensor]] = []
+        norms = []
+        for hidden, labels in sides:
+            if keeps:
+                kept.append([self.logits(hidden, columns) for columns in blocks])
+                norms.append(self._normalisers(kept[-1], labels, rule))
+            else:
+                norms.append(self.normalisers(hidden, labels, rule))
+        if vocabulary is not None:
+            blocks = list(vocabulary.to(self.weight.device).split(self._width(max(*rows, beside), rule)))
+        for number, columns in enumerate(blocks):
+            found = []
+            for side, (hidden, labels) in enumerate(sides):
+                z = kept[side][number] if keeps else self.logits(hidden, columns)
+                found.append(self._residuals(z, labels, *norms[side], columns, rule))
+                if keeps:
+                    kept[side][number] = z.new_empty(0)  # each block is freed when it has been used
+            yield found
+
+    def _normalisers(self, blocks: Iterable[Tensor], labels: Tensor, rule: ResidualRule) -> tuple[Tensor, Tensor]:
+        """Return what `normalisers` does, of the logits in blocks of columns in order; they are left as they were."""
+        labels = labels.to(self.weight.device)
+        others = torch.full((len(labels),), -torch.inf, dtype=self.dtype, device=self.weight.device)
+        of_label = others.clone()
+        start = 0
+        for z in blocks:
+            stop = start + z.shape[1]
+            rows, places = label_places(labels, slice(start, stop))
+            start = stop
+            seen = z[rows, places]
+            of_label[rows] = seen / rule.temperature
+            z[rows, places] = -torch.inf
+            scaled = z if rule.temperature == 1.0 else z / rule.temperature
+            others = others.logaddexp(scaled.logsumexp(dim=1))
+            z[rows, places] = seen
+        total = others.logaddexp(of_label)
+        return total, others - total
 
     def _residuals(
         self,
-        hidden: Tensor,
+        z: Tensor,
         labels: Tensor,
         norm: Tensor,
         log1m_label: Tensor,
         columns: slice | Tensor,
         rule: ResidualRule,
     ) -> Tensor:
-        z = self.logits(hidden, columns)
+        """Return the residuals of the logits `z` of some columns; `z` is overwritten."""
         slopes = self.slopes(z) if rule.exact and self.softcap is not None else None
         g = onehot_minus_exp_(z.div_(rule.temperature).sub_(norm[:, None]), labels.to(z.device), log1m_label, columns)
         if slopes is not None:
@@ -126,6 +154,9 @@ class OutputHead:
         elif rule.exact and self.scale != rule.temperature:
             g *= self.scale / rule.temperature
         return g
+
+    def _blocks(self, rows: int, rule: ResidualRule) -> list[slice]:
+        return [slice(*ends) for ends in _ranges(self.vocab_size, self._width(rows, rule))]
 
     def _width(self, rows: int, rule: ResidualRule) -> int:
         on_cpu = self.weight.device.type == "cpu"

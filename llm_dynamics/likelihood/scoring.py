@@ -168,6 +168,7 @@ def score_logps(
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     chunk: int = DEFAULT_CHUNK,
     autocast: Autocast | None = None,
+    split: SplitModel | None = None,
 ) -> Tensor:
     """Score label log-probs only, as `score_responses` does: what a reference model is asked for.
 
@@ -177,6 +178,7 @@ def score_logps(
         batch_tokens: As for `score_responses`.
         chunk: As for `score_responses`.
         autocast: As for `score_responses`.
+        split: As for `score_responses`.
 
     Returns:
         log pi(y_m), nats, (N,), all response tokens in the order of `responses`, on the CPU.
@@ -185,7 +187,9 @@ def score_logps(
         ValueError: As for `score_responses`.
         NotImplementedError: As for `score_responses`.
     """
-    (logp,) = _score(model, responses, _label_logps, batch_tokens=batch_tokens, chunk=chunk, autocast=autocast)
+    (logp,) = _score(
+        model, responses, _label_logps, batch_tokens=batch_tokens, chunk=chunk, autocast=autocast, split=split
+    )
     return logp
 
 

@@ -18,7 +18,7 @@ from llm_dynamics.runlog.parts import RunLogError, completed_steps, find_run_log
 
 OnError = Literal["raise", "warn"]
 
-_MAY_LACK = frozenset(schema.ACCOUNT_TABLES) - {"influence", "accounts"} | {"tokens"}
+_MAY_LACK = frozenset({**schema.ACCOUNT_TABLES, **schema.ROLLOUT_TABLES}) - {"influence", "accounts"} | {"tokens"}
 """Tables that a complete observation or account may be without: the token budget was spent, nobody asked for them."""
 
 
@@ -94,6 +94,21 @@ class RunLog:
         """One row per explained step: how well the account balances."""
         return self._read("accounts")
 
+    @cached_property
+    def rollouts(self) -> pd.DataFrame:
+        """One row per completion of the generations that `NTHRGRPOTrainer` logged."""
+        return self._read("rollouts")
+
+    @cached_property
+    def nthr_tokens(self) -> pd.DataFrame:
+        """One row per token of these completions: score, threshold, advantage before and after."""
+        return self._read("nthr_tokens")
+
+    @cached_property
+    def displacements(self) -> pd.DataFrame:
+        """One row per correct completion of a mixed question: its log-prob before and after a step."""
+        return self._read("displacements")
+
     @property
     def observed_steps(self) -> list[int]:
         """Optimizer steps at which a complete observation exists, ascending."""
@@ -139,7 +154,9 @@ class RunLog:
         Raises:
             RunLogError: Where a part is unreadable and the run was opened with `errors="raise"`.
         """
-        if steps is None:
+        if steps is None and table in schema.ROLLOUT_TABLES:
+            steps = completed_steps(self.path, table)
+        elif steps is None:
             steps = self.observed_steps if table in schema.OBSERVED_TABLES else self.explained_steps
         for step in steps:
             file = self.path / table / schema.part_name(step)
@@ -247,6 +264,21 @@ class RunLogs:
     def accounts(self) -> pd.DataFrame:
         """Accounts of all runs."""
         return self._concat("accounts")
+
+    @cached_property
+    def rollouts(self) -> pd.DataFrame:
+        """Logged completions of all runs."""
+        return self._concat("rollouts")
+
+    @cached_property
+    def nthr_tokens(self) -> pd.DataFrame:
+        """Tokens of logged completions of all runs."""
+        return self._concat("nthr_tokens")
+
+    @cached_property
+    def displacements(self) -> pd.DataFrame:
+        """Displacements of all runs."""
+        return self._concat("displacements")
 
     @property
     def meta(self) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,8 @@ Layout under `<output_dir>/dynamics/`::
     steps/step_000000025.parquet       one row: the scalars of the observation; written last, so that its presence
                                        marks the observation as complete
 
-The tables of the step account lie beside them, see `influence_schema`; the mapping `ACCOUNT_TABLES` is here as well.
+The tables of the step account and of reinforcement lie beside them, see `influence_schema` and `rollout_schema`; the
+mappings `ACCOUNT_TABLES` and `ROLLOUT_TABLES` are here as well.
 
 Log-probabilities are natural logarithms (nats). A column that ends in `_sum` is a sum over the M response tokens of a
 probe; divide by `n_tokens` for a mean.
@@ -26,6 +27,7 @@ from llm_dynamics.runlog.columns import described
 from llm_dynamics.runlog.influence_schema import ACCOUNT_TABLES as ACCOUNT_TABLES
 from llm_dynamics.runlog.influence_schema import ACCOUNTS as ACCOUNTS
 from llm_dynamics.runlog.influence_schema import INFLUENCE as INFLUENCE
+from llm_dynamics.runlog.rollout_schema import ROLLOUT_TABLES as ROLLOUT_TABLES
 
 SCHEMA_VERSION = 1
 FOLDER = "dynamics"
@@ -116,7 +118,7 @@ STEPS = described(
 OBSERVED_TABLES: Mapping[str, pa.Schema] = {"sequences": SEQUENCES, "tokens": TOKENS, "steps": STEPS}
 """Tables with one part per observation, in the order they are written: `steps` is last and marks completeness."""
 
-TABLES: Mapping[str, pa.Schema] = {**OBSERVED_TABLES, **ACCOUNT_TABLES}
+TABLES: Mapping[str, pa.Schema] = {**OBSERVED_TABLES, **ACCOUNT_TABLES, **ROLLOUT_TABLES}
 """All tables that are written in parts."""
 
 

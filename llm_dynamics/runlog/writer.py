@@ -78,6 +78,8 @@ class RunLogWriter:
             )
         dropped = self._drop_after(step, schema.OBSERVED_TABLES)
         self._drop_after(step, schema.ACCOUNT_TABLES)
+        for name, columns in schema.ROLLOUT_TABLES.items():
+            self._drop_after(step, {name: columns})
         for left_by_a_killed_writer in self.folder.rglob(".*.tmp"):
             left_by_a_killed_writer.unlink()
         # What the first run decided stays: which probes keep their tokens, for one.
@@ -146,6 +148,20 @@ class RunLogWriter:
             else:
                 (self.folder / name / part).unlink(missing_ok=True)
         _write_table(self.folder / "accounts" / part, _to_arrow(row.assign(step=step), schema.ACCOUNTS))
+
+    def write_rollouts(self, step: int, tables: Mapping[str, pd.DataFrame]) -> None:
+        """Write tables of `schema.ROLLOUT_TABLES` for one optimizer step; those of the same step are replaced.
+
+        Args:
+            step: Optimizer steps done.
+            tables: Frames by table name (`step` is filled in; a missing column becomes null).
+
+        Raises:
+            KeyError: For a table that is not in the schema.
+        """
+        for name, frame in tables.items():
+            columns = schema.ROLLOUT_TABLES[name]
+            _write_table(self.folder / name / schema.part_name(step), _to_arrow(frame.assign(step=step), columns))
 
     def exists(self) -> bool:
         """Tell whether there is a run log in the folder."""

@@ -1,0 +1,217 @@
+"""Watches lazy likelihood displacement: what a GRPO step does to the correct responses that it was taken on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import pandas as pd
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOTrainer, RLOOTrainer
+
+from llm_dynamics import _trl
+from llm_dynamics.callbacks.metrics import finite_only
+from llm_dynamics.callbacks.probe import ProbeCallback
+from llm_dynamics.callbacks.refusals import refuse_unscorable
+from llm_dynamics.callbacks.sharding import gather_frames
+from llm_dynamics.likelihood import SplitModel, score_logps, split_model
+from llm_dynamics.likelihood.preserve import evaluating
+from llm_dynamics.rollouts import Groups, loss_rows
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_EVERY = 10
+CORRECT_FROM = 0.5
+
+
+class DisplacementCallback(TrainerCallback):
+    """Measures by how much a step raises the likelihood of the correct responses in its own batch.
+
+    At measured steps, the correct responses of mixed questions (some correct, some wrong) are scored before and after
+    the optimizer step, in evaluation mode at temperature 1, and for each question
+
+        Delta(x) = mean over its correct responses of [log pi'(y+|x) - log pi(y+|x)],   nats, summed over tokens
+
+    ([NTHR], Deng et al., arXiv 2505.18830, eq. 2). A step measured is the first after a generation. Into the trainer's
+    rows go `lld/delta` (mean of Delta over questions), `lld/delta_per_token`, `lld/lazy_share` (questions with
+    Delta <= eps), `lld/fell_share` (correct responses whose log-prob fell) and `lld/questions`; into the run log, where
+    a `ProbeCallback` keeps one, the table `displacements`. Training is not changed by one bit.
+
+    Args:
+        trainer: A `GRPOTrainer` or `RLOOTrainer`, or any built on them.
+        every: Optimizer steps between measured ones.
+        correct_from: Reward, weighted and summed over the reward functions, from which on a response is correct.
+        eps: Nats below which a question's Delta counts as lazy.
+
+    Raises:
+        TypeError: For other trainers.
+        ValueError: For arguments out of range.
+        NotImplementedError: For models whose log-probs cannot be scored.
+
+    Example:
+        >>> trainer.add_callback(DisplacementCallback(trainer, every=10))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        trainer: GRPOTrainer | RLOOTrainer,
+        every: int = DEFAULT_EVERY,
+        *,
+        correct_from: float = CORRECT_FROM,
+        eps: float = 0.0,
+    ) -> None:
+        if not isinstance(trainer, GRPOTrainer | RLOOTrainer):
+            raise TypeError(
+                f"trainer must be a GRPOTrainer or RLOOTrainer, which roll out; seen {type(trainer).__name__}"
+            )
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every is {every!r}; measure every 1, 2, ... optimizer steps")
+        if not eps >= 0:
+            raise ValueError(f"eps is {eps}; give nats from 0")
+        refuse_unscorable(trainer)
+        self.trainer = trainer
+        self.every = every
+        self.correct_from = correct_from
+        self.eps = eps
+        self._open = ExitStack()
+        self._rollouts: list[_trl.Rollout] = []
+        self._split: SplitModel | None = None
+        self._last: int | None = None
+        self._pending: pd.DataFrame | None = None
+        self._responses: list[Any] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin to record generations."""
+        self._open.close()
+        self._pending = self._last = None
+        self._rollouts = self._open.enter_context(_trl.recording_rollouts(self.trainer))
+        with evaluating(self._model), self.trainer.accelerator.autocast():
+            self._split = split_model(self._model)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop recording."""
+        self._open.close()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Score the correct responses of a fresh generation, under the weights that made it."""
+        fresh = [rollout for rollout in self._rollouts if rollout.training]
+        self._rollouts.clear()
+        # steps since the last generation that was measured, whatever the trainer's own rhythm
+        due = self._last is None or state.global_step // self.every != self._last // self.every
+        if not fresh or not due:
+            return
+        begun = time.monotonic()
+        self._last = state.global_step
+        self._pending, self._responses = self._correct_responses(fresh[-1])
+        self._pending["logp_before"] = self._sums(self._responses, self._pending)
+        self._count(begun)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Score them again after the step, write and log."""
+        mine, self._pending = self._pending, None
+        if mine is None:
+            return
+        begun = time.monotonic()
+        mine["logp_after"] = self._sums(self._responses, mine)
+        frame = gather_frames(mine.drop(columns="counted"), "order")
+        watcher = self._watcher
+        if watcher is not None and state.is_world_process_zero:
+            watcher.recorder.log.write_rollouts(state.global_step, {"displacements": frame})
+        self._count(begun)
+        metrics = finite_only(displacement_metrics(frame, self.eps))
+        if args.logging_strategy != IntervalStrategy.NO and not (
+            control.should_log and _trl.add_to_next_row(self.trainer, metrics)
+        ):
+            _trl.log_row(self.trainer, metrics)
+
+    # ---- measuring --------------------------------------------------------------------------------------------------
+
+    @property
+    def _model(self) -> Any:
+        return self.trainer.model
+
+    @property
+    def _watcher(self) -> ProbeCallback | None:
+        callbacks = self.trainer.callback_handler.callbacks
+        return next((callback for callback in callbacks if isinstance(callback, ProbeCallback)), None)
+
+    def _count(self, begun: float) -> None:
+        watcher = self._watcher
+        if watcher is not None:
+            watcher.clock.add(time.monotonic() - begun)
+
+    def _correct_responses(self, rollout: _trl.Rollout) -> tuple[pd.DataFrame, list[Any]]:
+        batch, trainer = rollout.batch, self.trainer
+        mask = batch["completion_mask"].bool()
+        if "tool_mask" in batch:
+            mask &= batch["tool_mask"].bool()
+        groups = Groups(
+            size=_trl.group_size(trainer, rollout.training),
+            first=trainer.accelerator.process_index * len(mask),
+            count=len(mask),
+            rewards=_trl.summed_rewards(trainer, rollout.rewards_per_func).cpu(),
+            lengths=trainer.accelerator.gather(mask.sum(dim=1)).cpu(),
+            correct_from=self.correct_from,
+        )
+        tokenizer: Any = trainer.processing_class
+        rows, responses = [], []
+        for i, row in enumerate(loss_rows(batch, mask)):
+            number = groups.first + i
+            group = range(number // groups.size * groups.size, (number // groups.size + 1) * groups.size)
+            if not (groups.correct[number] and groups.is_mixed(group) and row.spans):
+                continue
+            responses.append(row.response)
+            rows.append(
+                {
+                    "order": number,
+                    "example": number,
+                    "question": number // groups.size,
+                    "prompt": tokenizer.decode(list(row.response.prompt_ids)),
+                    "completion": tokenizer.decode(list(row.response.response_ids)),
+                    "n_tokens": int(row.counted.sum()),
+                    "success_rate": groups.success_rate(group),
+                    "counted": row.counted,
+                }
+            )
+        names = ["order", "example", "question", "prompt", "completion", "n_tokens", "success_rate", "counted"]
+        return pd.DataFrame(rows, columns=names), responses
+
+    def _sums(self, responses: list[Any], frame: pd.DataFrame) -> list[float]:
+        if not responses:
+            return []
+        autocast = self.trainer.accelerator.autocast if self.trainer.accelerator.mixed_precision != "no" else None
+        logps = score_logps(self._model, responses, autocast=autocast, split=self._split)
+        parts = logps.double().split([len(response.response_ids) for response in responses])
+        return [float(part[counted].sum()) for part, counted in zip(parts, frame["counted"], strict=True)]
+
+
+def displacement_metrics(frame: pd.DataFrame, eps: float = 0.0) -> dict[str, float]:
+    """Reduce a table of displacements to scalars.
+
+    Args:
+        frame: Columns `question`, `n_tokens`, `logp_before`, `logp_after` (nats), as in the run log.
+        eps: Nats up to which a question's Delta counts as lazy.
+
+    Returns:
+        `lld/questions`, and where there are any `lld/delta`, `lld/delta_per_token`, `lld/lazy_share`,
+        `lld/fell_share`.
+    """
+    if frame.empty:
+        return {"lld/questions": 0.0}
+    change = frame["logp_after"] - frame["logp_before"]
+    delta = change.groupby(frame["question"]).mean()
+    return {
+        "lld/questions": float(len(delta)),
+        "lld/delta": float(delta.mean()),
+        "lld/delta_per_token": float(change.sum() / frame["n_tokens"].sum()),
+        "lld/lazy_share": float((delta <= eps).mean()),
+        "lld/fell_share": float((change < 0).mean()),
+    }

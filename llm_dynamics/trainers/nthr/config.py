@@ -1,0 +1,151 @@
+"""Settings of `NTHRGRPOTrainer`: those of TRL's GRPO, and what is done to the advantages of tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from llm_dynamics import _trl
+
+METHODS = ("nthr", "thr", "pos_only", "w_reinforce", "nsr", "random", "none")
+SCORED_METHODS = ("nthr", "thr", "random")
+"""Methods that need token scores."""
+ETAS: dict[str, Callable[[float], float]] = {
+    "2|0.5-p|": lambda p: 2 * abs(0.5 - p),
+    "p": lambda p: p,
+    "1-p": lambda p: 1 - p,
+}
+"""What `nthr_eta` may name, as functions of a question's success rate p."""
+
+
+@dataclass
+class NTHRConfig(GRPOConfig):
+    """Configuration of `NTHRGRPOTrainer`: every field of `trl.GRPOConfig`, and these.
+
+    The papers are [NTHR] (Deng et al., arXiv 2505.18830), [THR] (arXiv 2510.03669), [NSR] (arXiv 2506.01347) and
+    [LLDS] (arXiv 2512.04220).
+
+    Attributes:
+        nthr_method: What is done to the advantages: "nthr" down-weights wrong tokens that push correct responses down;
+            "thr" reweights all tokens by their score; "pos_only" drops negative advantages; "w_reinforce" and "nsr"
+            replace them; "random" down-weights as many wrong tokens as "nthr", drawn at random; "none" is TRL's GRPO.
+        nthr_beta: Threshold factor: tau = beta min over correct responses of their anchor score. -inf selects every
+            token of wrong responses, inf none.
+        nthr_eta: Factor on the advantage of selected tokens: "2|0.5-p|", "p", "1-p" with p the share of correct
+            responses to the question, or a number.
+        nthr_include_self: Whether a correct response's anchor score counts its tokens against itself.
+        nthr_vocab: Entries of the vocabulary over which predictions are compared: "full", or "group", those that the
+            group's responses contain (not renormalised).
+        nthr_correct: Reward, weighted and summed over the reward functions, from which on a response is correct.
+        nthr_kernel: "last_layer", the papers' score, or "exact", the token kernel over all trainable parameters, for
+            study: one backward per token.
+        thr_q: q of [THR]: > 0 favours exploitation, < 0 exploration.
+        w_reinforce_weight: Advantage of correct responses in "w_reinforce"; wrong ones have -1.
+        llds_coef: Factor lambda of the [LLDS] penalty on responses with a non-negative advantage whose log-prob fell
+            since rollout; 0: none. The paper's is 0.2.
+        nthr_log_tokens: Keep a table of tokens, with scores and advantages, in the run log that `watch` opens.
+    """
+
+    nthr_method: str = field(
+        default="nthr",
+        metadata={"help": "What is done to token advantages.", "choices": list(METHODS)},
+    )
+    nthr_beta: float = field(
+        default=1.0,
+        metadata={"help": "Threshold factor on the smallest anchor score; -inf selects all wrong tokens, inf none."},
+    )
+    nthr_eta: str = field(
+        default="2|0.5-p|",
+        metadata={"help": "Factor on selected tokens: '2|0.5-p|', 'p', '1-p' or a number; p is the success rate."},
+    )
+    nthr_include_self: bool = field(
+        default=True,
+        metadata={"help": "Whether a correct response's anchor score counts its tokens against itself."},
+    )
+    nthr_vocab: str = field(
+        default="full",
+        metadata={"help": "Vocabulary over which predictions are compared.", "choices": ["full", "group"]},
+    )
+    nthr_correct: float = field(
+        default=0.5,
+        metadata={"help": "Reward (weighted sum over reward functions) from which on a response is correct."},
+    )
+    nthr_kernel: str = field(
+        default="last_layer",
+        metadata={"help": "Which kernel scores tokens.", "choices": ["last_layer", "exact"]},
+    )
+    thr_q: float = field(
+        default=0.1,
+        metadata={"help": "Strength of THR reweighting; > 0 favours exploitation, < 0 exploration."},
+    )
+    w_reinforce_weight: float = field(
+        default=0.1,
+        metadata={"help": "Advantage of correct responses in w_reinforce; wrong ones have -1."},
+    )
+    llds_coef: float = field(
+        default=0.0,
+        metadata={"help": "Factor of the LLDS penalty on likelihood that fell since rollout; the paper's is 0.2."},
+    )
+    nthr_log_tokens: bool = field(
+        default=True,
+        metadata={"help": "Keep a table of token scores and advantages in the run log that `watch` opens."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("nthr_method", METHODS)
+        self._one_of("nthr_vocab", ("full", "group"))
+        self._one_of("nthr_kernel", ("last_layer", "exact"))
+        self.eta(0.5)
+        if math.isnan(self.nthr_beta):
+            raise ValueError("nthr_beta is nan; give a number, -inf or inf")
+        for name in ("nthr_correct", "thr_q", "w_reinforce_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; give a finite number")
+        if not 0 <= self.llds_coef < math.inf:
+            raise ValueError(f"llds_coef is {self.llds_coef}; give a number from 0 (off); the paper's is 0.2")
+        if self.loss_type not in _trl.LOSSES_BY_TOKEN:
+            raise ValueError(
+                f"loss_type is {self.loss_type!r}; NTHRGRPOTrainer knows which losses honour advantages token by "
+                f"token: {', '.join(_trl.LOSSES_BY_TOKEN)}"
+            )
+        if self.nthr_kernel == "exact" and self.nthr_method in SCORED_METHODS:
+            if self.temperature != 1.0:
+                raise ValueError(
+                    f"temperature is {self.temperature}; nthr_kernel='exact' takes gradients of the log-prob at "
+                    "temperature 1: set temperature=1.0, or nthr_kernel='last_layer'"
+                )
+            if self.nthr_vocab != "full":
+                raise ValueError("nthr_vocab='group' restricts the last layer; with nthr_kernel='exact' set 'full'")
+        inner = self.num_iterations * (self.steps_per_generation or 1) / self.gradient_accumulation_steps
+        if self.llds_coef and inner <= 1:
+            raise ValueError(
+                f"llds_coef is {self.llds_coef}, but each batch of rollouts gets one update, before which nothing can "
+                "have fallen: set num_iterations > 1, or steps_per_generation > gradient_accumulation_steps"
+            )
+
+    def eta(self, p: float) -> float:
+        """Return the factor on selected tokens of a question with success rate `p`.
+
+        Raises:
+            ValueError: Where `nthr_eta` is neither a known rule nor a finite number.
+        """
+        rule = ETAS.get(str(self.nthr_eta))
+        if rule is not None:
+            return rule(p)
+        try:
+            value = float(self.nthr_eta)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(
+                f"nthr_eta is {self.nthr_eta!r}; allowed: {', '.join(map(repr, ETAS))}, or a finite number such as 0.0"
+            )
+        return value
+
+    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}")
