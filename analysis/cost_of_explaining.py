@@ -30,11 +30,12 @@ from typing import Any
 
 import datasets
 import torch
-from cost_of_watching import padded, timed
+from cost_of_watching import padded
 from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
+from timing import timed
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -35,8 +34,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
+from timing import peak_bytes, timed
 from torch.nn.functional import one_hot
-from torch.profiler import ProfilerActivity, profile
 from trl import DPOConfig, DPOTrainer
 
 from llm_dynamics import encode_probes, load_run, score_responses, watch
@@ -108,34 +107,6 @@ def measure(ways: dict[str, Callable[[], object]], options: argparse.Namespace) 
         for name, way in ways.items():
             seconds[name].append(timed(way, options.device))
     return {name: (statistics.median(seconds[name]), peak_bytes(way, options.device)) for name, way in ways.items()}
-
-
-def timed(way: Callable[[], object], device: str) -> float:
-    """Return the wall seconds of one call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    way()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
-
-
-def peak_bytes(way: Callable[[], object], device: str) -> float:
-    """Return the most bytes of tensors alive at once during one call, beyond those alive before."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        way()
-        return float(torch.cuda.max_memory_allocated() - before)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        way()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return float(peak)
 
 
 def bare_forward(model: torch.nn.Module, encoded: Sequence[EncodedProbe]) -> None:

@@ -37,11 +37,11 @@ from types import SimpleNamespace
 
 import psutil
 import torch
+from timing import peak_bytes, timed
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_dynamics.kernel import token_kernel
@@ -137,7 +137,7 @@ def measure(case: Case, options: argparse.Namespace) -> list[str]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.rounds if case.tokens < 1024 else 1):
         for name, way in ways.items():
-            seconds[name].append(timed(way, options.device))
+            seconds[name].append(timed(way, options.device, time.process_time))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rows = [
         f"| {case.size}, {job.parameters / 1e6:.1f}M | {case.tokens} | {case.response} x {case.response} | {name} | "
@@ -232,36 +232,6 @@ def free_gigabytes(device: str) -> float:
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] / 1e9
     return psutil.virtual_memory().available / 1e9
-
-
-def timed(way: Callable[[], object], device: str) -> float:
-    """Return the CPU seconds of one call, or its wall seconds on a GPU."""
-    if device == "cpu":
-        begun = time.process_time()
-        way()
-        return time.process_time() - begun
-    torch.cuda.synchronize()
-    begun = time.perf_counter()
-    way()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begun
-
-
-def peak_bytes(way: Callable[[], object], device: str) -> float:
-    """Return the most bytes of tensors alive at once during one call, beyond those alive before."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        way()
-        return float(torch.cuda.max_memory_allocated() - before)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        way()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return float(peak)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,10 @@ from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
 import torch
-from cost_of_watching import peak_bytes, timed
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from timing import peak_bytes, timed
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
