@@ -175,7 +175,7 @@ def build_demo_probes(tokenizer: PreTrainedTokenizerBase, settings: DemoSettings
     return probes
 
 
-class _BarOnly(ProgressCallback):
+class BarOnly(ProgressCallback):
     """The trainer's progress bar without its log rows: the table at the end says more."""
 
     def on_log(self, *args: Any, **kwargs: Any) -> None:
@@ -196,7 +196,7 @@ def influence_settings(probes: ProbeSet, settings: DemoSettings) -> dict[str, An
 
 def _train(trainer: Trainer, probes: ProbeSet, every: int, influence: bool | dict[str, Any] = False) -> None:
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_BarOnly)
+    trainer.add_callback(BarOnly)
     watch(trainer, probes, every, influence=influence)
     trainer.train()
 

@@ -120,6 +120,8 @@ class NTHRGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.config.nthr_method == "none":
             batch = super()._generate_and_score_completions(inputs)
+            if self._token_log is not None:
+                self._shape(inputs, batch, None)  # for the run log: the batch stays as it is
         else:
             needs_states = self.config.nthr_method in SCORED_METHODS and self.config.nthr_kernel == "last_layer"
             backbone = self._backbone if needs_states and not _has_dropout(self._policy) else None
@@ -172,7 +174,8 @@ class NTHRGRPOTrainer(GRPOTrainer):
                 seed=self.config.seed + self._generations,
                 count_selected=self._gather,
             )
-        batch["advantages"] = self.shaped.advantages.to(batch["advantages"])
+        if self.config.nthr_method != "none":
+            batch["advantages"] = self.shaped.advantages.to(batch["advantages"])
         self._log_shape(self.shaped, training)
         if self._token_log is not None and training:
             self._token_log.keep(inputs, batch, self.shaped)
