@@ -7,14 +7,19 @@ from pathlib import Path
 
 import datasets
 import pytest
+from trl import GRPOConfig
 from typer.testing import CliRunner
 
-from llm_dynamics import cli
+from llm_dynamics import NTHRConfig, cli
 from llm_dynamics.callbacks.influence_settings import InfluenceSettings
 from llm_dynamics.callbacks.probe_account import DETAILS
+from llm_dynamics.demo.products import letter_reward, product_questions
+from llm_dynamics.demo.reinforcement import QUICK, product_probes
+from llm_dynamics.demo.tiny import build_tiny_model, build_tiny_tokenizer
 from llm_dynamics.influence import RULES
 from llm_dynamics.probes import FAMILY_ORDER
 from llm_dynamics.runlog import load_run, schema
+from llm_dynamics.trainers.nthr.config import METHODS
 from tests.conftest import PREFERENCES
 from tests.training import build_trainer, make_probes, save_tiny_model
 
@@ -23,7 +28,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUNLOG = (ROOT / "docs" / "runlog.md").read_text(encoding="utf-8")
 INFLUENCE = (ROOT / "docs" / "influence.md").read_text(encoding="utf-8")
 PROBES = (ROOT / "docs" / "probes.md").read_text(encoding="utf-8")
-TABLES = {"probes": schema.PROBES, **schema.OBSERVED_TABLES}
+NTHR = (ROOT / "docs" / "nthr.md").read_text(encoding="utf-8")
+TABLES = {"probes": schema.PROBES, **schema.TABLES}
 
 
 def blocks(text, kind):
@@ -61,6 +67,32 @@ def test_the_examples_of_the_page_on_the_account_run_in_a_run_of_dpo(tmp_path, c
     assert "share" in printed
 
 
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_the_example_of_the_page_on_nthr_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    questions = product_questions()
+    tokenizer = build_tiny_tokenizer([row["prompt"][0]["content"] for row in questions])
+    namespace = {
+        "__name__": "nthr",
+        "model": build_tiny_model(len(tokenizer)),
+        "tokenizer": tokenizer,
+        "questions": datasets.Dataset.from_list(questions),
+        "reward": letter_reward,
+        "probes": product_probes(questions, tokenizer, QUICK),
+        "common": {"max_steps": 2, "max_completion_length": 12, "bf16": False, "use_cpu": True, "report_to": "none"},
+    }
+    (example,) = blocks(NTHR, "python test")
+    exec(compile(example, "docs/nthr.md", "exec"), namespace)
+    assert "advantage_before" in capsys.readouterr().out
+
+
+def test_the_page_on_nthr_names_every_option_and_method():
+    for field in set(NTHRConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__):
+        assert f"`{field}`" in NTHR, field
+    for method in METHODS:
+        assert f'`"{method}"`' in NTHR, method
+
+
 def test_the_page_on_the_account_names_every_option_and_rule():
     for name in (*(field.name for field in fields(InfluenceSettings)), *RULES, *DETAILS):
         assert f"`{name}`" in INFLUENCE or f'`"{name}"`' in INFLUENCE, name
@@ -94,10 +126,10 @@ def test_the_readme_explains_every_squeezing_statistic():
 
 
 def test_links_within_the_project_lead_somewhere():
-    for text in (README, RUNLOG, PROBES):
+    for text, folder in ((README, ROOT), *((page, ROOT / "docs") for page in (RUNLOG, PROBES, INFLUENCE, NTHR))):
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             if "://" not in target:
-                assert (ROOT / target).exists(), target
+                assert (folder / target).exists(), target
     for folder in re.findall(r"`(llm_dynamics/[\w./]*|tests/)`", README):
         assert (ROOT / folder).exists(), folder
 

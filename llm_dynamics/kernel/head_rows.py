@@ -14,9 +14,7 @@ from torch import Tensor
 
 from llm_dynamics.kernel.layers import Lookup, wide
 from llm_dynamics.kernel.output_head import OutputHead
-
-_BLOCK_BYTES = {"cpu": 12 * 2**20}
-_BLOCK_BYTES_ELSEWHERE = 2**28
+from llm_dynamics.kernel.residuals import EXACT_RULE
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class HeadRows:
         weights: Factor of each token in its row, (N,).
         row: The row of each token, (N,), int64, ascending.
         norm: log sum_v exp z_v, (N,).
-        residual: 1 - pi(y), (N,), exact also where pi(y) rounds to one.
+        log1m_label: log(1 - pi(y)), (N,), exact also where pi(y) rounds to one.
     """
 
     hidden: Tensor
@@ -37,7 +35,7 @@ class HeadRows:
     weights: Tensor
     row: Tensor
     norm: Tensor
-    residual: Tensor
+    log1m_label: Tensor
 
     def of(self, rows: Sequence[int]) -> HeadRows:
         """Return the tokens of some rows, numbered from 0 in the order given."""
@@ -72,9 +70,13 @@ def meet_head(
     Returns:
         The tokens, and the gradient of each token's weighted log-prob by its hidden state, (N, d), float32 at least.
     """
-    blocks = _column_blocks(head, len(hidden))
+    blocks = head.blocks(len(hidden), EXACT_RULE)
     whole = head.logits(hidden, blocks[0]) if len(blocks) == 1 else None
-    rows = HeadRows(hidden, labels, weights, row, *_normalisers(head, hidden, labels, whole))
+    if whole is None:
+        norms = head.normalisers(hidden, labels, EXACT_RULE)
+    else:
+        norms = head.normalisers_of([whole], labels, EXACT_RULE)
+    rows = HeadRows(hidden, labels, weights, row, *norms)
     back = torch.zeros(hidden.shape, dtype=head.dtype, device=head.weight.device)
     for columns in blocks:
         back.addmm_(_residuals(head, rows, columns, whole), head.weight[columns].to(head.dtype))
@@ -98,11 +100,11 @@ def head_gram(
         The part, float32 at least.
     """
     total = torch.zeros(shape, dtype=head.dtype, device=head.weight.device)
-    at_once = max(1, _block_bytes(head) // (head.dtype.itemsize * len(right.hidden)))
+    at_once = head.width(len(right.hidden), EXACT_RULE, fewest=1)
     for some in torch.arange(len(left.hidden), device=left.hidden.device).split(at_once):
         part = left.at(some)
         products = torch.zeros(len(some), len(right.hidden), dtype=head.dtype, device=head.weight.device)
-        for columns in _column_blocks(head, max(len(some), len(right.hidden))):
+        for columns in head.blocks(max(len(some), len(right.hidden)), EXACT_RULE):
             products.addmm_(_residuals(head, part, columns), _residuals(head, right, columns).T)
         inputs = wide(part.hidden) @ wide(right.hidden).T if weight else torch.zeros_like(products)
         products *= (inputs + float(bias)) * part.weights[:, None] * right.weights
@@ -135,52 +137,10 @@ def tied_gram(head: OutputHead, rows: HeadRows, table: Lookup, count: int) -> Te
     return by_weight.flatten(1) @ wide(table.g).flatten(1).T
 
 
-def _normalisers(head: OutputHead, hidden: Tensor, labels: Tensor, whole: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return log sum_v exp z_v and 1 - pi_y, each (N,); the latter from a sum that leaves the label out.
-
-    `whole` are the logits where they fit into one block.
-    """
-    others = torch.full((len(hidden),), -torch.inf, dtype=head.dtype, device=head.weight.device)
-    of_label = others.clone()
-    for columns in _column_blocks(head, len(hidden)):
-        z = head.logits(hidden, columns) if whole is None else whole
-        tokens, places = _labels_among(labels, columns)
-        of_label[tokens] = z[tokens, places]
-        z[tokens, places] = -torch.inf
-        others = others.logaddexp(z.logsumexp(dim=1))
-        z[tokens, places] = of_label[tokens]
-    norm = others.logaddexp(of_label)
-    return norm, (others - norm).exp()
-
-
 def _residuals(head: OutputHead, rows: HeadRows, columns: slice | Tensor, z: Tensor | None = None) -> Tensor:
     """Return the gradient of each token's log-prob by `W h + b` at some columns, (N, columns).
 
     `z` are the logits there where they are known; they are overwritten.
     """
     z = head.logits(rows.hidden, columns) if z is None else z
-    slopes = None if head.softcap is None else head.slopes(z)
-    g = z.sub_(rows.norm[:, None]).exp_().neg_()
-    tokens, places = _labels_among(rows.labels, columns)
-    g[tokens, places] = rows.residual[tokens]
-    if slopes is not None:
-        return g.mul_(slopes)
-    return g if head.scale == 1.0 else g.mul_(head.scale)
-
-
-def _labels_among(labels: Tensor, columns: slice | Tensor) -> tuple[Tensor, Tensor]:
-    """Return which tokens have their label among the columns (a slice, or ascending ids), and at which place."""
-    if isinstance(columns, slice):
-        tokens = ((labels >= columns.start) & (labels < columns.stop)).nonzero()[:, 0]
-        return tokens, labels[tokens] - columns.start
-    tokens = torch.isin(labels, columns).nonzero()[:, 0]
-    return tokens, torch.searchsorted(columns, labels[tokens])
-
-
-def _column_blocks(head: OutputHead, tokens: int) -> list[slice]:
-    width = max(64, _block_bytes(head) // (head.dtype.itemsize * max(1, tokens)))
-    return [slice(start, min(start + width, head.vocab_size)) for start in range(0, head.vocab_size, width)]
-
-
-def _block_bytes(head: OutputHead) -> int:
-    return _BLOCK_BYTES.get(head.weight.device.type, _BLOCK_BYTES_ELSEWHERE)
+    return head.residuals_of(z, rows.labels, rows.norm, rows.log1m_label, columns, EXACT_RULE)

@@ -170,7 +170,7 @@ def anchor_products(
     Args:
         head: The LM head.
         tokens: N tokens to be scored, none or more.
-        anchors: Tokens of R responses; a response may be empty.
+        anchors: Tokens of R responses; a response may be empty. R may be zero: then scores are.
         weights: w, (R,), one for each response; None: all one.
         rule: Which residual, at which temperature, over which vocabulary.
 
@@ -187,6 +187,8 @@ def anchor_products(
     w = (torch.ones(len(sizes)) if weights is None else weights).to(h_l)
     scores = h_m.new_zeros(len(h_m))
     products = h_m.new_zeros(len(sizes), len(sizes))
+    if not sizes:
+        return AnchorProducts(scores, products)
     width = (len(sizes) + 1) * h_l.shape[1]
     for g_m, g_l in head.residuals([(h_m, tokens.labels), (h_l, anchors.labels)], rule, beside=width):
         with as_given(g_l):

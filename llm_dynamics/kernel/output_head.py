@@ -76,8 +76,8 @@ class OutputHead:
         Returns:
             log sum_v exp(z_v / t), and log(1 - pi_y), each (N,).
         """
-        blocks = (self.logits(hidden, columns) for columns in self._blocks(len(hidden), rule))
-        return self._normalisers(blocks, labels, rule)
+        blocks = (self.logits(hidden, columns) for columns in self.blocks(len(hidden), rule))
+        return self.normalisers_of(blocks, labels, rule)
 
     def residuals(
         self, sides: Sequence[tuple[Tensor, Tensor]], rule: ResidualRule, *, beside: int = 0
@@ -98,27 +98,27 @@ class OutputHead:
         vocabulary = rule.vocabulary_of(self.vocab_size)
         rows = [len(hidden) for hidden, _ in sides]
         keeps = vocabulary is None and sum(rows) * self.vocab_size * self.dtype.itemsize <= KEPT_BYTES
-        blocks = self._blocks(max(*rows, beside), rule)
+        blocks = self.blocks(max(*rows, beside), rule)
         kept: list[list[Tensor]] = []
         norms = []
         for hidden, labels in sides:
             if keeps:
                 kept.append([self.logits(hidden, columns) for columns in blocks])
-                norms.append(self._normalisers(kept[-1], labels, rule))
+                norms.append(self.normalisers_of(kept[-1], labels, rule))
             else:
                 norms.append(self.normalisers(hidden, labels, rule))
         if vocabulary is not None:
-            blocks = list(vocabulary.to(self.weight.device).split(self._width(max(*rows, beside), rule)))
+            blocks = list(vocabulary.to(self.weight.device).split(self.width(max(*rows, beside), rule)))
         for number, columns in enumerate(blocks):
             found = []
             for side, (hidden, labels) in enumerate(sides):
                 z = kept[side][number] if keeps else self.logits(hidden, columns)
-                found.append(self._residuals(z, labels, *norms[side], columns, rule))
+                found.append(self.residuals_of(z, labels, *norms[side], columns, rule))
                 if keeps:
                     kept[side][number] = z.new_empty(0)  # each block is freed when it has been used
             yield found
 
-    def _normalisers(self, blocks: Iterable[Tensor], labels: Tensor, rule: ResidualRule) -> tuple[Tensor, Tensor]:
+    def normalisers_of(self, blocks: Iterable[Tensor], labels: Tensor, rule: ResidualRule) -> tuple[Tensor, Tensor]:
         """Return what `normalisers` does, of the logits in blocks of columns in order; they are left as they were."""
         labels = labels.to(self.weight.device)
         others = torch.full((len(labels),), -torch.inf, dtype=self.dtype, device=self.weight.device)
@@ -137,7 +137,7 @@ class OutputHead:
         total = others.logaddexp(of_label)
         return total, others - total
 
-    def _residuals(
+    def residuals_of(
         self,
         z: Tensor,
         labels: Tensor,
@@ -155,13 +155,15 @@ class OutputHead:
             g *= self.scale / rule.temperature
         return g
 
-    def _blocks(self, rows: int, rule: ResidualRule) -> list[slice]:
-        return [slice(*ends) for ends in _ranges(self.vocab_size, self._width(rows, rule))]
+    def blocks(self, rows: int, rule: ResidualRule) -> list[slice]:
+        """Return the columns of V in blocks such that (rows, columns) stays within the bytes of `rule`."""
+        return [slice(*ends) for ends in _ranges(self.vocab_size, self.width(rows, rule))]
 
-    def _width(self, rows: int, rule: ResidualRule) -> int:
+    def width(self, rows: int, rule: ResidualRule, fewest: int = _FEWEST_COLUMNS) -> int:
+        """Return how many numbers per row fit into the bytes of `rule`, for blocks of `rows` rows."""
         on_cpu = self.weight.device.type == "cpu"
         size = rule.block_bytes or (BLOCK_BYTES_ON_CPU if on_cpu else BLOCK_BYTES)
-        return max(_FEWEST_COLUMNS, size // (self.dtype.itemsize * max(rows, 1)))
+        return max(fewest, size // (self.dtype.itemsize * max(rows, 1)))
 
 
 def as_given(tensor: Tensor) -> torch.autocast:
