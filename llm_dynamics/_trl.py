@@ -140,6 +140,18 @@ def recording_clip(trainer: Trainer) -> Iterator[list[float]]:
         del accelerator.clip_grad_norm_  # the class's own is seen again
 
 
+def is_fsdp2(trainer: Trainer) -> bool:
+    """Tell whether the run shards its parameters with FSDP2 (`fully_shard`), rather than FSDP1 or not at all."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    return plugin is not None and getattr(plugin, "fsdp_version", 1) == 2
+
+
+def is_zero3(trainer: Trainer) -> bool:
+    """Tell whether the run partitions its parameters with DeepSpeed ZeRO-3."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return plugin is not None and plugin.zero_stage == 3
+
+
 def sampling_temperature(trainer: Trainer) -> float:
     """Return what the trainer's loss divides logits by: the sampling temperature of GRPO and RLOO, 1 elsewhere."""
     return float(getattr(trainer, "temperature", 1.0)) if isinstance(trainer, GRPOTrainer | RLOOTrainer) else 1.0

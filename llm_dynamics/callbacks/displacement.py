@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from contextlib import ExitStack
 from typing import Any
@@ -70,6 +71,12 @@ class DisplacementCallback(TrainerCallback):
             raise ValueError(f"every is {every!r}; measure every 1, 2, ... optimizer steps")
         if not eps >= 0:
             raise ValueError(f"eps is {eps}; give nats from 0")
+        if not math.isfinite(correct_from):
+            raise ValueError(f"correct_from is {correct_from}; give a finite number")
+        if any(isinstance(other, DisplacementCallback) for other in trainer.callback_handler.callbacks):
+            raise ValueError(
+                "the trainer has a DisplacementCallback already, whose metrics and table these would replace"
+            )
         refuse_unscorable(trainer)
         self.trainer = trainer
         self.every = every

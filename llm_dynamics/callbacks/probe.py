@@ -22,6 +22,9 @@ from llm_dynamics.callbacks.schedule import Clock
 from llm_dynamics.callbacks.sharding import broadcast, gather_frames, share_of
 from llm_dynamics.likelihood import (
     SplitModel,
+    count_forwards,
+    idle_forwards,
+    is_sharded,
     score_logps,
     score_responses,
     sequence_table,
@@ -46,7 +49,7 @@ class ProbeCallback(TrainerCallback):
     else in a row of their own at that step.
 
     Works with `SFTTrainer`, `DPOTrainer`, `KTOTrainer`, `GRPOTrainer`, `RLOOTrainer` and a plain `Trainer` with a
-    causal LM; on several data-parallel processes, each scores a share of the probes.
+    causal LM; on several data-parallel processes (DDP, FSDP2, ZeRO), each scores a share of the probes.
 
     Args:
         trainer: The trainer to watch; its model, `processing_class`, truncation and `output_dir` are used.
@@ -67,7 +70,7 @@ class ProbeCallback(TrainerCallback):
     Raises:
         TypeError: Where `trainer` is not a trainer or `probes` not a `ProbeSet`.
         ValueError: For arguments out of range, or probes that cannot be tokenised.
-        NotImplementedError: For what cannot be watched: reward models, sharded parameters, models without an LM head.
+        NotImplementedError: For what cannot be watched: reward models, FSDP1, models without an LM head.
 
     Example:
         >>> trainer.add_callback(ProbeCallback(trainer, probes, every=25))  # doctest: +SKIP
@@ -240,6 +243,10 @@ class ProbeCallback(TrainerCallback):
         share = [self.encoded[i] for i in self.share]
         table = self.table.iloc[self.share]
         sequences, tokens = pd.DataFrame(), pd.DataFrame()
+        forwards = self._forwards()
+        if not share and forwards:
+            idle_forwards(self._model, self.split, forwards, self._autocast)
+            self._reference_logps(share, forwards)
         if share:
             with self._progress(len(share), state) as bar:
                 scores = score_responses(
@@ -249,16 +256,25 @@ class ProbeCallback(TrainerCallback):
                     squeeze_strength=self.squeeze_strength,
                     autocast=self._autocast,
                     split=self.split,
+                    forwards=forwards,
                     on_progress=bar.update,
                 )
-            scores = ResponseScores(scores.lengths, scores.tokens, self._reference_logps(share))
+            scores = ResponseScores(scores.lengths, scores.tokens, self._reference_logps(share, forwards))
             sequences = sequence_table(scores, table).assign(order=self.share)
             tokens = token_table(scores, table["probe_id"].tolist(), self._decode_token)
             tokens["order"] = tokens["probe_id"].map(dict(zip(table["probe_id"], self.share, strict=True)))
             tokens = tokens[tokens["probe_id"].isin(self._token_probes)]
         return gather_frames(sequences, "order"), gather_frames(tokens, "order") if self._token_probes else tokens
 
-    def _reference_logps(self, share: list[Any]) -> torch.Tensor | None:
+    def _forwards(self) -> int | None:
+        """Return the forwards that every process runs, where the parameters are sharded; None elsewhere."""
+        if not is_sharded(self._model):
+            return None
+        world = range(self.trainer.args.world_size)
+        shares = [share_of(self.encoded, rank, len(world)) for rank in world]
+        return max(count_forwards(self.split, [self.encoded[i] for i in share], self.batch_tokens) for share in shares)
+
+    def _reference_logps(self, share: list[Any], forwards: int | None) -> torch.Tensor | None:
         if self.reference == "none":
             return None
         changing = getattr(self.trainer.args, "sync_ref_model", False)
@@ -269,8 +285,21 @@ class ProbeCallback(TrainerCallback):
                 if not hasattr(self._model, "disable_adapter"):
                     return None
                 model, context = self._model, _trl.reference_adapter(self._model)
-            with context:
-                self._ref_logp = score_logps(model, share, batch_tokens=self.batch_tokens, autocast=self._autocast)
+            with context, evaluating(model):
+                with (self._autocast or nullcontext)():
+                    split = split_model(model)  # as often on every process
+                if share:
+                    self._ref_logp = score_logps(
+                        model,
+                        share,
+                        batch_tokens=self.batch_tokens,
+                        autocast=self._autocast,
+                        split=split,
+                        forwards=forwards,
+                    )
+                elif forwards:
+                    idle_forwards(model, split, forwards, self._autocast)
+                    self._ref_logp = torch.zeros(0)
         return self._ref_logp
 
     def decode(self, tokens: list[int]) -> str:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 from transformers import Trainer
 from trl import RewardTrainer
+
+from llm_dynamics import _trl
+
+logger = logging.getLogger(__name__)
 
 
 def refuse_unscorable(trainer: Trainer) -> None:
@@ -13,7 +19,7 @@ def refuse_unscorable(trainer: Trainer) -> None:
         trainer: The trainer that a callback is attached to.
 
     Raises:
-        NotImplementedError: For reward models and sharded parameters; the message says what was seen and what to do.
+        NotImplementedError: For reward models and FSDP1; the message says what was seen and what to do.
         ValueError: Where the trainer has no model or no tokenizer.
     """
     if isinstance(trainer, RewardTrainer):
@@ -21,16 +27,13 @@ def refuse_unscorable(trainer: Trainer) -> None:
             "RewardTrainer trains a scalar score head: a reward model gives responses no log-probability, so there is "
             "nothing to watch. Watch the policy that is trained with it."
         )
-    if trainer.is_fsdp_enabled:
+    if trainer.is_fsdp_enabled and not _trl.is_fsdp2(trainer):
         raise NotImplementedError(
-            "FSDP shards the parameters over processes, and probes are scored with whole ones. Train with DDP "
-            "(distributed_type: MULTI_GPU), or score saved checkpoints."
+            "FSDP version 1 flattens the parameters, and probes are scored with the model's own modules. Set "
+            "fsdp_version: 2 in the accelerate config, train with DDP, or score saved checkpoints."
         )
-    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        raise NotImplementedError(
-            "DeepSpeed ZeRO-3 shards the parameters over processes, and probes are scored with whole ones. Use ZeRO-1 "
-            "or ZeRO-2, or score saved checkpoints."
-        )
+    if _trl.is_zero3(trainer):
+        logger.warning("DeepSpeed ZeRO-3: probes are scored through its hooks, but no test of llm_dynamics runs on it")
     if trainer.model is None:
         raise ValueError("the trainer has no model yet (model_init is not supported): build it with `model=`")
     if trainer.processing_class is None:
@@ -53,6 +56,7 @@ def refuse_unexplainable(trainer: Trainer) -> None:
     options = args.gradient_checkpointing_kwargs
     checkpointing = args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant")
     reasons = {
+        "FSDP shards weights and gradients over processes, and the account needs whole ones": trainer.is_fsdp_enabled,
         "DeepSpeed partitions optimizer state and gradients": trainer.is_deepspeed_enabled,
         "the model is quantised: its weights have no gradient path in full precision": getattr(
             model, "is_quantized", False

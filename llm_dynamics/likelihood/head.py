@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_dynamics.likelihood.packing import SHARED_ROW_TOKENS, TokenRows, single_row
+from llm_dynamics.likelihood.sharded import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ class SplitModel:
     @property
     def vocab_size(self) -> int:
         """V, the number of logits."""
-        return int(self.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+        weight: Tensor = self.model.get_output_embeddings().weight  # type: ignore[operator]
+        return int(getattr(weight, "ds_shape", weight.shape)[0])  # ZeRO-3 leaves an empty tensor in its place
 
     def hidden_states(self, rows: TokenRows) -> Tensor:
         """Run the backbone on B rows of T tokens: the head's input (B, T, d)."""
@@ -187,12 +189,13 @@ def _rope_limit(config: Any) -> int | None:
 
 def _reproduces_logits(split: SplitModel) -> bool:
     rows = single_row([i % split.vocab_size for i in range(1, 5)])  # any tokens do
+    theirs = split.logits(rows)[0]  # first: FSDP2 takes the module that runs first for the outermost one
     try:
-        ours = split.head(split.hidden_states(rows)[0])
+        with gathered(split.model):
+            ours = split.head(split.hidden_states(rows)[0])
     except (AttributeError, TypeError, RuntimeError) as error:
         logger.debug("no usable split of %s: %s", type(split.model).__name__, error)
         return False
-    theirs = split.logits(rows)[0]
     if ours.shape != theirs.shape:
         return False
     # the same products of the same numbers: they may differ by rounding, relative to the largest logit, and no more
@@ -208,15 +211,16 @@ def _keeps_responses_apart(split: SplitModel, config: Any) -> bool:
     # as wide as shared rows get: a window that counts columns of the row rather than positions must show
     tokens = [(7 * i) % (split.vocab_size - 1) + 1 for i in range(SHARED_ROW_TOKENS)]
     prompt, *responses = (tokens[i : i + 8] for i in range(0, SHARED_ROW_TOKENS, 8))
-    try:
-        packed = split.hidden_states(single_row(prompt, *responses))[0]
-    except Exception as error:  # an attention kernel without such masks may fail in any way
-        logger.debug("%s does not take four-dimensional masks: %s", type(split.model).__name__, error)
-        return False
-    for k in (1, len(responses)):
-        alone = split.hidden_states(single_row(prompt, responses[k - 1]))[0, 8:]
-        if not _close(split.head(packed[8 * k : 8 * k + 8]), split.head(alone), split):
+    with gathered(split.model):
+        try:
+            packed = split.hidden_states(single_row(prompt, *responses))[0]
+        except Exception as error:  # an attention kernel without such masks may fail in any way
+            logger.debug("%s does not take four-dimensional masks: %s", type(split.model).__name__, error)
             return False
+        for k in (1, len(responses)):
+            alone = split.hidden_states(single_row(prompt, responses[k - 1]))[0, 8:]
+            if not _close(split.head(packed[8 * k : 8 * k + 8]), split.head(alone), split):
+                return False
     return True
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any, Literal
@@ -11,15 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from llm_dynamics.likelihood.forwards import DEFAULT_BATCH_TOKENS as DEFAULT_BATCH_TOKENS
+from llm_dynamics.likelihood.forwards import Autocast, plan, response_states, run_idle, sees_own_rope
 from llm_dynamics.likelihood.head import SplitModel, split_model
-from llm_dynamics.likelihood.packing import Row, TokenizedResponse, batches, lay_out, pack
+from llm_dynamics.likelihood.packing import TokenizedResponse
 from llm_dynamics.likelihood.preserve import evaluating, keeping_rope, keeping_trainable
+from llm_dynamics.likelihood.sharded import gathered, is_sharded
 from llm_dynamics.likelihood.squeezing import SqueezingStats, squeezing_stats
 
-Autocast = Callable[[], AbstractContextManager[object]]
-"""Makes a context for forwards, such as `accelerator.autocast`."""
-
-DEFAULT_BATCH_TOKENS = 2048
 DEFAULT_CHUNK = 128
 STATISTICS_ROWS_ON_CPU = 16
 """Rows of logits whose statistics are taken at a time on a CPU: work buffers then stay in cache (3x faster)."""
@@ -95,6 +94,7 @@ def score_responses(
     reference: nn.Module | Literal["adapter_off"] | None = None,
     autocast: Autocast | None = None,
     split: SplitModel | None = None,
+    forwards: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> ResponseScores:
     """Score every response token under `model`: teacher-forced, no gradient.
@@ -119,6 +119,7 @@ def score_responses(
         autocast: Makes the context of the forwards, such as `trainer.accelerator.autocast`; log-softmax is outside it.
             None: the weights' own precision.
         split: The model's halves from `split_model`, to save the check on repeated calls.
+        forwards: Of a sharded model, run this many forwards, as all processes must (see `count_forwards`).
         on_progress: Called after every forward with the number of responses it scored.
 
     Returns:
@@ -148,11 +149,17 @@ def score_responses(
         share_prompts=share_prompts,
         autocast=autocast,
         split=split,
+        forwards=forwards,
         on_progress=on_progress,
     )
     ref_logp = None
     if reference is not None:
-        options: dict[str, Any] = {"batch_tokens": batch_tokens, "chunk": chunk, "autocast": autocast}
+        options: dict[str, Any] = {
+            "batch_tokens": batch_tokens,
+            "chunk": chunk,
+            "autocast": autocast,
+            "forwards": forwards,
+        }
         if isinstance(reference, nn.Module):
             ref_logp = score_logps(reference, responses, **options)
         else:
@@ -169,6 +176,7 @@ def score_logps(
     chunk: int = DEFAULT_CHUNK,
     autocast: Autocast | None = None,
     split: SplitModel | None = None,
+    forwards: int | None = None,
 ) -> Tensor:
     """Score label log-probs only, as `score_responses` does: what a reference model is asked for.
 
@@ -179,6 +187,7 @@ def score_logps(
         chunk: As for `score_responses`.
         autocast: As for `score_responses`.
         split: As for `score_responses`.
+        forwards: As for `score_responses`.
 
     Returns:
         log pi(y_m), nats, (N,), all response tokens in the order of `responses`, on the CPU.
@@ -188,7 +197,14 @@ def score_logps(
         NotImplementedError: As for `score_responses`.
     """
     (logp,) = _score(
-        model, responses, _label_logps, batch_tokens=batch_tokens, chunk=chunk, autocast=autocast, split=split
+        model,
+        responses,
+        _label_logps,
+        batch_tokens=batch_tokens,
+        chunk=chunk,
+        autocast=autocast,
+        split=split,
+        forwards=forwards,
     )
     return logp
 
@@ -204,6 +220,7 @@ def _score(
     share_prompts: bool = True,
     autocast: Autocast | None,
     split: SplitModel | None = None,
+    forwards: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """Apply `statistics` (logits (n, V) it may overwrite, labels (n,) -> columns (n,)) to every response token.
@@ -216,16 +233,17 @@ def _score(
     starts = [0, *accumulate(lengths)]
     scored: list[list[Tensor]] = []
     places: list[int] = []
+    sharded = is_sharded(model)
     with evaluating(model):
-        split = split or split_model(model)
+        with (autocast or nullcontext)():
+            split = split or split_model(model)
         _check_ids(responses, split.vocab_size)
-        longest = max(len(r.prompt_ids) + len(r.response_ids) for r in responses)
-        # past the limit, one sequence would change the rotary frequencies of all others in its forward, and after it
-        own_rope = split.rope_limit is not None and longest > split.rope_limit
-        rows = pack(responses, share=share_prompts and split.shares_prompts and not own_rope)
-        for batch in batches(rows, batch_tokens, alone=split.backbone is None or own_rope):
+        planned = plan(responses, split, batch_tokens, share_prompts)
+        own_rope = sees_own_rope(responses, split)
+    with evaluating(model), gathered(split.model):
+        for batch in planned:
             with keeping_rope(split.model) if own_rope else nullcontext():
-                states, labels = _response_states(split, responses, batch, padding_side, autocast)
+                states, labels = response_states(split, responses, batch, padding_side, autocast, alone=not sharded)
             for block, ids in zip(states.split(chunk), labels.split(chunk), strict=True):
                 logits = _logits(split, block, autocast)
                 rows_at_once = STATISTICS_ROWS_ON_CPU if logits.device.type == "cpu" else chunk
@@ -237,6 +255,7 @@ def _score(
             places.extend(place for i in scored_here for place in range(starts[i], starts[i + 1]))
             if on_progress is not None:
                 on_progress(len(scored_here))
+        run_idle(split, (forwards or 0) - len(planned), autocast)
     order = torch.tensor(places).argsort()
     return [torch.cat(column).cpu()[order] for column in zip(*scored, strict=True)]
 
@@ -263,32 +282,6 @@ def _check_ids(responses: Sequence[TokenizedResponse], vocab_size: int) -> None:
             f"token id {largest} is outside the model's vocabulary of {vocab_size}: were the probes tokenised with "
             "another model's tokenizer?"
         )
-
-
-def _response_states(
-    split: SplitModel,
-    responses: Sequence[TokenizedResponse],
-    batch: Sequence[Row],
-    padding_side: str,
-    autocast: Autocast | None,
-) -> tuple[Tensor, Tensor]:
-    """Return what the head needs at every response token of a batch of rows, and the labels (N,).
-
-    The first is the hidden states (N, d) or, for a model without a usable split, its logits (N, V).
-    """
-    laid = lay_out(responses, batch, padding_side)
-    with (autocast or nullcontext)():
-        states = split.logits(laid.rows) if split.backbone is None else split.hidden_states(laid.rows)
-    states = states[laid.at_row.to(states.device), laid.at_column.to(states.device)]
-    alone = [
-        Row(len(responses[i].prompt_ids) + len(responses[i].response_ids), (i,)) for row in batch for i in row.responses
-    ]
-    if len(alone) > 1 and not states.isfinite().all():
-        # a NaN reaches even what may not attend to it, since zero attention times NaN is NaN: by itself, each
-        # response shows its own
-        parts = [_response_states(split, responses, [row], padding_side, autocast)[0] for row in alone]
-        states = torch.cat(parts)
-    return states, laid.labels
 
 
 def _logits(split: SplitModel, states: Tensor, autocast: Autocast | None) -> Tensor:

@@ -88,7 +88,7 @@ def test_non_reentrant_checkpointing_is_explained(trainer, probes):
 
 def test_fsdp_is_refused_as_for_probes(trainer, probes, tmp_path):
     trainer.is_fsdp_enabled = True
-    with pytest.raises(NotImplementedError, match=r"FSDP shards the parameters.*Train with DDP"):
+    with pytest.raises(NotImplementedError, match=r"FSDP version 1 flattens the parameters.*train with DDP"):
         InfluenceCallback(trainer, probes)
     assert_untouched(trainer, tmp_path)
 

@@ -81,10 +81,24 @@ def test_a_prompt_learning_adapter_is_refused(model_folder, plain):
         watch(plain(model), make_probes())
 
 
-def test_fsdp_is_refused_with_the_way_out(trainer):
+def with_fsdp(trainer, version):
     trainer.is_fsdp_enabled = True
-    with pytest.raises(NotImplementedError, match=r"FSDP shards the parameters.*Train with DDP"):
-        watch(trainer, make_probes())
+    plugin = SimpleNamespace(fsdp_version=version)
+    trainer.accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", device=trainer.accelerator.device
+    )
+    return trainer
+
+
+def test_fsdp_1_is_refused_with_the_way_out(trainer):
+    with pytest.raises(NotImplementedError, match=r"FSDP version 1 flattens the parameters.*fsdp_version: 2"):
+        watch(with_fsdp(trainer, 1), make_probes())
+
+
+def test_fsdp_2_is_watched_and_its_steps_are_not_explained(trainer):
+    with pytest.raises(NotImplementedError, match="FSDP shards weights and gradients over processes"):
+        watch(with_fsdp(trainer, 2), make_probes(), influence=True)
+    assert isinstance(watch(trainer, make_probes()), ProbeCallback)
 
 
 def with_zero_stage(trainer, stage):
@@ -96,14 +110,10 @@ def with_zero_stage(trainer, stage):
     return trainer
 
 
-def test_zero_3_is_refused_with_the_way_out(trainer):
-    with pytest.raises(NotImplementedError, match=r"ZeRO-3 shards the parameters.*Use ZeRO-1"):
-        watch(with_zero_stage(trainer, 3), make_probes())
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_zero_stages_that_keep_parameters_whole_are_watched(stage, trainer):
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_is_watched_and_stage_3_with_a_word_that_no_test_runs_it(stage, trainer, caplog):
     assert isinstance(watch(with_zero_stage(trainer, stage), make_probes()), ProbeCallback)
+    assert ("no test of llm_dynamics runs on it" in caplog.text) == (stage == 3)
 
 
 @pytest.mark.parametrize(
