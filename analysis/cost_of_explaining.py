@@ -92,8 +92,9 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions of the one step's routes; 0: none")
     parser.add_argument("--steps", type=int, default=6, help="DPO steps of the last table, at least 4; 0: none")
+    parser.add_argument("--weights", choices=["all", "lora"], help="one kind of run alone")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     if 0 < options.steps < 4:
@@ -112,7 +113,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        for lora in (False, True):
+        kinds = {None: (False, True), "all": (False,), "lora": (True,)}[options.weights]
+        for lora in kinds if options.rounds else ():
             callback = OneStep()
             callback.trainer = trainer(folder, tokenizer, rows, options, steps=1, lora=lora, callbacks=[callback])
             callback.trainer.train()
@@ -127,7 +129,7 @@ def main() -> None:
             one_step(callback, encoded, families, options)
             del callback
         if options.steps:
-            for lora in (False, True):
+            for lora in kinds:
                 whole_run(folder, tokenizer, rows, probes, options, lora=lora)
 
 

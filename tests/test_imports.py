@@ -21,6 +21,8 @@ ALLOWED = {
     "influence": {"likelihood", "kernel"},
     "report": {"runlog"},
     "callbacks": {"_trl", "probes", "likelihood", "kernel", "influence", "rollouts", "runlog"},
+    "cli": {"probes", "kernel", "report", "runlog", "posthoc", "demo"},
+    "posthoc": {"probes", "likelihood", "kernel", "runlog", "callbacks"},
     "trainers": {"_trl", "probes", "likelihood", "kernel", "influence", "rollouts", "runlog", "callbacks"},
     "_trl": set(),
     "data": set(),

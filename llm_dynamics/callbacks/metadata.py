@@ -19,6 +19,8 @@ PACKAGES = ("llm-dynamics", "torch", "transformers", "trl", "peft", "accelerate"
 ARGUMENTS = (
     "loss_type", "beta", "optim", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed",
     "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "num_train_epochs",
+    "num_generations", "temperature", "num_iterations", "nthr_method", "nthr_beta", "nthr_eta", "nthr_vocab",
+    "nthr_kernel", "nthr_include_self", "nthr_correct", "thr_q", "llds_coef",
 )  # fmt: skip
 """Training arguments that `meta.json` keeps, where the trainer has them."""
 

@@ -21,6 +21,7 @@ from plotly.offline import get_plotlyjs
 
 from llm_dynamics.report import content
 from llm_dynamics.report.figures import PANELS
+from llm_dynamics.report.rollouts import rollout_views
 from llm_dynamics.report.text import json_for_script, nats, precise_nats
 from llm_dynamics.report.why import MAX_TOKENS, explained_runs, why
 from llm_dynamics.runlog import RunLog, RunLogs
@@ -45,7 +46,10 @@ def write_report(runs: RunLogs | RunLog, path: str | Path, *, title: str = "What
     heatmaps = content.embedded_heatmaps(runs)
     explained = explained_runs(runs)
     whys = [why(name, run, MAX_TOKENS // len(explained)) for name, run in explained.items()]
-    parts = ["page", "why"] if whys else ["page"]  # a page without accounts carries nothing for them
+    rollouts, curves = rollout_views(runs) or (None, None)
+    # a page without accounts or rollouts carries nothing for them
+    parts = ["page", *(["why"] if whys else []), *(["rollouts"] if rollouts else [])]
+    data = content.script_data(runs, heatmaps) | {"why": [data for _, data in whys]}
     script = "\n".join(_asset(f"{part}.js") for part in parts)
     # Markup marks what is not to be escaped again: files of this package, plotly.js, and JSON made safe for a script.
     page = _template().render(
@@ -54,10 +58,11 @@ def write_report(runs: RunLogs | RunLog, path: str | Path, *, title: str = "What
         style=Markup("\n".join(_asset(f"{part}.css") for part in parts)),
         plotly=Markup(get_plotlyjs()),
         script=Markup(script),
-        data=Markup(json_for_script(content.script_data(runs, heatmaps) | {"why": [data for _, data in whys]})),
+        data=Markup(json_for_script(data | ({"rollouts": curves} if rollouts else {}))),
         runs=[content.run_view(name, run) for name, run in runs.runs.items()],
         legend=content.legend(runs),
         why=[view for view, _ in whys],
+        rollouts=rollouts,
         panels=PANELS,
         heatmaps=content.menu(heatmaps),
         n_heatmaps=len(heatmaps),

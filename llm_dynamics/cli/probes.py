@@ -1,0 +1,160 @@
+"""`llm-dynamics probes build | show`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from llm_dynamics.cli.show import console, print_json, printable, warnings_as_lines
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Build and look at probe sets: the prompts and responses that are watched.\n\n"
+    "Example: `llm-dynamics probes build pairs.jsonl probes.parquet`",
+)
+
+
+@app.command("build")
+def build_probes(
+    source: Annotated[Path, typer.Argument(help="JSONL file of preference rows.")],
+    output: Annotated[Path, typer.Argument(help="Parquet file to write.")],
+    family: Annotated[
+        list[str] | None,
+        typer.Option(help="Family to include; repeat for more. Default: those with a column, and the offline ones."),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="`family=column`, where a column is not called like its family, or `prompt=column`; repeat."),
+    ] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(help="JSONL of rows that are not trained on, for the family other_test.")
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(help="How many prompts to watch; default: all.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer (hub id or folder), needed for the family random_tokens.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+) -> None:
+    """Build a probe set from preference rows (prompt, chosen, rejected) and save it.
+
+    Example: `llm-dynamics probes build pairs.jsonl probes.parquet --prompts 50 --held-out test.jsonl`
+    """
+    from llm_dynamics.probes import ProbeSet
+    from llm_dynamics.probes.families import FAMILIES
+
+    rows = _read_rows(source)
+    columns = _parse_columns(column or [])
+    seen = dict.fromkeys(name for row in rows for name in row)
+    _check_columns({"chosen": ["chosen"], "rejected": ["rejected"], **columns}, seen, source)
+    prompt = columns.pop("prompt", ["prompt"])[0]
+    if family is None:
+        written = [name for name in FAMILIES if FAMILIES[name].needs == "writer" and name in seen]
+        offline = ["other_train", "ungrammatical"]
+        offline += ["other_test", "random"] if held_out else []
+        offline += ["random_tokens"] if tokenizer else []
+        family = ["chosen", "rejected", *columns, *written, *offline]
+        family = list(dict.fromkeys(family))
+    with warnings_as_lines():
+        probes = ProbeSet.from_preference_dataset(
+            rows,
+            families=family,
+            columns={name: own[0] if len(own) == 1 else own for name, own in columns.items()},
+            n_prompts=prompts,
+            seed=seed,
+            held_out=_read_rows(held_out) if held_out else None,
+            tokenizer=_tokenizer(tokenizer),
+            prompt=prompt,
+        )
+    path = probes.save(output)
+    _show_summary(probes)
+    console.print(Text.assemble(f"{len(probes)} probes in ", (str(path), "bold")), soft_wrap=True)
+
+
+@app.command("show")
+def show_probes(
+    path: Annotated[Path, typer.Argument(help="Probe set written by `probes build` or `ProbeSet.save`.")],
+    prompts: Annotated[int, typer.Option(help="How many prompts to print with all their responses.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all probes as JSON, and nothing else.")] = False,
+) -> None:
+    """Show what a probe set holds: families, counts, drops, and a few prompts with their responses.
+
+    Example: `llm-dynamics probes show probes.parquet --prompts 3`
+    """
+    from llm_dynamics.probes import ProbeSet
+    from llm_dynamics.probes.probe import prompt_as_text
+    from llm_dynamics.probes.storage import probe_record
+
+    probes = ProbeSet.load(path)
+    if as_json:
+        print_json([probe_record(probe) for probe in probes])
+        return
+    _show_summary(probes)
+    for prompt_id in probes.prompt_ids[:prompts]:
+        members = [probe for probe in probes if probe.prompt_id == prompt_id]
+        title = printable(prompt_as_text(members[0].prompt))
+        table = Table(title=title, title_justify="left", show_lines=True)
+        table.add_column("family", style="bold", no_wrap=True)
+        table.add_column("response", overflow="fold")
+        for probe in members:
+            table.add_row(probe.family, printable(probe.response))
+        console.print(table)
+
+
+def _parse_columns(pairs: Sequence[str]) -> dict[str, list[str]]:
+    columns: dict[str, list[str]] = {}
+    for pair in pairs:
+        family, _, column = pair.partition("=")
+        if not (family and column):
+            raise ValueError(f"--column is {pair!r}; write family=column, such as chosen_semantic=chosen_gptsemantic")
+        columns.setdefault(family, []).append(column)
+    if len(columns.get("prompt", [])) > 1:
+        raise ValueError(f"--column names several columns for the prompt, {columns['prompt']}; give one")
+    return columns
+
+
+def _read_rows(source: Path) -> list[Mapping[str, Any]]:
+    from llm_dynamics.probes.rows import as_records, read_jsonl
+
+    return as_records(read_jsonl(source), str(source))
+
+
+def _check_columns(columns: Mapping[str, Sequence[str]], seen: Mapping[str, Any], source: Path) -> None:
+    for family, names in columns.items():
+        for name in names:
+            if name not in seen:
+                raise ValueError(
+                    f"{source} has no column {name!r}; seen: {', '.join(map(repr, seen))}. "
+                    f"Say which one holds it: --column {family}=..."
+                )
+
+
+def _tokenizer(name: str | None) -> Any:
+    if name is None:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer at {name!r} (a folder, or a model id on the hub): {error}") from error
+
+
+def _show_summary(probes: Any) -> None:
+    summary = probes.summary()
+    table = Table(title=f"{len(probes)} probes on {len(probes.prompt_ids)} prompts")
+    table.add_column("family", style="bold", no_wrap=True)
+    for heading in ("probes", "dropped", "words"):
+        table.add_column(heading, justify="right")
+    texts = {"made_by": "made by", "drop_reasons": "why dropped"}
+    texts = {name: heading for name, heading in texts.items() if summary[name].any()}
+    for heading in texts.values():
+        table.add_column(heading, overflow="fold")
+    for family, row in summary.iterrows():
+        counts = (str(row["n"]), str(row["dropped"]), f"{row['mean_words']:.1f}")
+        table.add_row(str(family), *counts, *(printable(row[name]) for name in texts))
+    console.print(table)

@@ -1,0 +1,105 @@
+"""The exact token kernel between two files of responses, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import pandas as pd
+
+from llm_dynamics.kernel import TokenKernel, token_kernel
+from llm_dynamics.kernel.exact import DEFAULT_MEMORY_MB
+from llm_dynamics.posthoc.loading import load_checkpoint, load_tokenizer
+from llm_dynamics.probes import Probe, encode_probes
+
+RESPONSES = ("response", "completion", "chosen")
+"""Columns that may hold the response of a row; the first that it has counts."""
+
+
+def kernel_of_files(
+    checkpoint: str,
+    train: Sequence[Mapping[str, Any]],
+    probes: Sequence[Mapping[str, Any]],
+    *,
+    rows: Literal["tokens", "responses"] = "responses",
+    tokenizer: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    memory_budget_mb: float = DEFAULT_MEMORY_MB,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[pd.DataFrame, TokenKernel]:
+    """Compute how a gradient step on each training response would move each probe: `token_kernel` over rows of files.
+
+    Args:
+        checkpoint: Folder or hub id of the model.
+        train: Rows with `prompt` (text or chat) and a response, in the first of `RESPONSES` that a row has.
+        probes: The same.
+        rows: One row and column per response, or per response token.
+        tokenizer: Folder or hub id; None: the checkpoint's.
+        dtype: Precision of the weights.
+        device: Where to compute; None: a GPU where there is one.
+        memory_budget_mb: As for `token_kernel`.
+        on_progress: As for `token_kernel`.
+
+    Returns:
+        A long table, and the kernel. Columns: `probe` and `train`, the rows' numbers in their files; for tokens also
+        `m`, `probe_token`, `l`, `train_token`; `kernel`, T = <d log pi(probe)/dtheta, d log pi(train)/dtheta>, nats^2
+        per squared unit of parameter.
+
+    Raises:
+        ValueError: For rows without a prompt or response, or a checkpoint that does not load.
+        NotImplementedError: As for `token_kernel`.
+    """
+    processing_class = load_tokenizer(tokenizer or checkpoint)
+    sides = {name: _encode(given, processing_class, name) for name, given in (("train", train), ("probes", probes))}
+    model = load_checkpoint(checkpoint, dtype=dtype, device=device)
+    kernel = token_kernel(
+        model,
+        [encoded for _, encoded in sides["train"]],
+        [encoded for _, encoded in sides["probes"]],
+        train_rows=rows,
+        probe_rows=rows,
+        memory_budget_mb=memory_budget_mb,
+        on_progress=on_progress,
+    )
+    own = {name: [number for number, _ in side] for name, side in sides.items()}
+    long = pd.DataFrame(
+        {
+            "probe": [own["probes"][i] for i in kernel.probes.response.tolist() for _ in range(len(kernel.train))],
+            "train": [own["train"][i] for i in kernel.train.response.tolist()] * len(kernel.probes),
+            "kernel": kernel.values.flatten().double().numpy(),
+        }
+    )
+    if rows == "tokens":
+        texts = {
+            name: [processing_class.decode([token]) for _, encoded in side for token in encoded.response_ids]
+            for name, side in sides.items()
+        }
+        n_train = len(kernel.train)
+        long.insert(1, "m", [m for m in kernel.probes.start.tolist() for _ in range(n_train)])
+        long.insert(2, "probe_token", [text for text in texts["probes"] for _ in range(n_train)])
+        long.insert(4, "l", kernel.train.start.tolist() * len(kernel.probes))
+        long.insert(5, "train_token", texts["train"] * len(kernel.probes))
+    return long, kernel
+
+
+def _encode(rows: Sequence[Mapping[str, Any]], tokenizer: Any, what: str) -> list[tuple[int, Any]]:
+    """Tokenise rows; each with its number in the file, since some may leave nothing to score.
+
+    Raises:
+        ValueError: For a row without a prompt or a response.
+    """
+    made = []
+    for number, row in enumerate(rows):
+        column = next((name for name in RESPONSES if row.get(name)), None)
+        if not row.get("prompt") or column is None:
+            raise ValueError(
+                f"{what}, row {number} has no prompt and response; seen: {', '.join(row) or 'nothing'}. It needs "
+                f"`prompt` and one of {', '.join(f'`{name}`' for name in RESPONSES)}"
+            )
+        prompt, response = row["prompt"], row[column]
+        text = response if isinstance(response, str) else response[-1]["content"]
+        given = prompt if isinstance(prompt, str) else tuple(prompt)
+        made.append(Probe(str(number), str(number), given, text, "chosen"))
+    encoded = encode_probes(made, tokenizer)
+    return [(int(probe.probe_id), probe) for probe in encoded]
