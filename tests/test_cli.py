@@ -15,16 +15,6 @@ from .runlog.logs import new_log, observe
 
 COMMANDS = [[], ["probes"], ["probes", "build"], ["probes", "show"], ["report"], ["demo"]]
 COMMANDS += [["score"], ["explain"], ["compare"]]
-    [],
-    ["probes"],
-    ["probes", "build"],
-    ["probes", "show"],
-    ["report"],
-    ["demo"],
-    ["score"],
-    ["explain"],
-    ["compare"],
-]
 TEST_ROWS = [
     {"prompt": "When does the next train leave?", "chosen": "The next one leaves at nine.", "rejected": "No idea."},
     {"prompt": "Where is the station?", "chosen": "It is behind the old town hall.", "rejected": "Look around."},
