@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from llm_dynamics.callbacks.displacement import DisplacementCallback
     from llm_dynamics.callbacks.influence import InfluenceCallback
     from llm_dynamics.callbacks.probe import ProbeCallback
+    from llm_dynamics.callbacks.squeezing_alert import SqueezingAlert
     from llm_dynamics.callbacks.watch import watch
+    from llm_dynamics.callbacks.watch_config import WatchConfig
     from llm_dynamics.influence import LossTape, account_for_change, split_update
     from llm_dynamics.kernel import token_kernel
     from llm_dynamics.likelihood import score_responses, squeezing_stats
@@ -28,6 +30,8 @@ __all__ = [
     "Probe",
     "ProbeCallback",
     "ProbeSet",
+    "SqueezingAlert",
+    "WatchConfig",
     "account_for_change",
     "encode_probes",
     "load_run",
@@ -42,7 +46,14 @@ __all__ = [
 ]
 
 _FOLDERS = {
-    "callbacks": ("DisplacementCallback", "InfluenceCallback", "ProbeCallback", "watch"),
+    "callbacks": (
+        "DisplacementCallback",
+        "InfluenceCallback",
+        "ProbeCallback",
+        "SqueezingAlert",
+        "WatchConfig",
+        "watch",
+    ),
     "influence": ("LossTape", "account_for_change", "split_update"),
     "kernel": ("token_kernel",),
     "likelihood": ("score_responses", "squeezing_stats"),

@@ -10,11 +10,13 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
 from trl import GRPOTrainer, RLOOTrainer
 from trl.models.utils import disable_gradient_checkpointing as disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
@@ -138,6 +140,55 @@ def recording_clip(trainer: Trainer) -> Iterator[list[float]]:
         yield recorded
     finally:
         del accelerator.clip_grad_norm_  # the class's own is seen again
+
+
+def noting_checkpoint(trainer: Trainer) -> list[Path]:
+    """Note from which checkpoint the trainer's runs go on: no callback is told.
+
+    Args:
+        trainer: Any trainer, before `train()`.
+
+    Returns:
+        A list that holds the folder that the last resumed run went on from, before its `on_train_begin`; a run that
+        begins at step 0 leaves it as it is.
+    """
+    original = trainer._load_optimizer_and_scheduler
+    noted: list[Path] = []
+
+    def load(checkpoint: Any) -> Any:
+        noted[:] = [Path(checkpoint)] if checkpoint else []
+        return original(checkpoint)
+
+    trainer._load_optimizer_and_scheduler = load  # type: ignore[method-assign]
+    return noted
+
+
+def name_and_paper(trainer_class: type[GRPOTrainer]) -> tuple[str, dict[str, str]]:
+    """Return what TRL's model cards call a trainer's method, and its paper: `title`, `id` on arXiv, `citation`."""
+    return trainer_class._name, dict(trainer_class._paper)
+
+
+def open_trackers(trainer: Trainer) -> dict[str, Any]:
+    """Return the trackers whose run transformers' own callbacks hold open, to add to these runs.
+
+    Args:
+        trainer: Any trainer.
+
+    Returns:
+        By name, in the order of the trainer's callbacks: "tensorboard": the `SummaryWriter`; "wandb", "trackio",
+        "mlflow": the module, which has a run open.
+    """
+    found: dict[str, Any] = {}
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            found["tensorboard"] = callback.tb_writer
+        elif isinstance(callback, WandbCallback) and callback._initialized and callback._wandb.run is not None:
+            found["wandb"] = callback._wandb
+        elif isinstance(callback, TrackioCallback) and callback._initialized:
+            found["trackio"] = callback._trackio
+        elif isinstance(callback, MLflowCallback) and callback._initialized and callback._ml_flow.active_run():
+            found["mlflow"] = callback._ml_flow  # without an active run, its functions would open one
+    return found
 
 
 def is_fsdp2(trainer: Trainer) -> bool:

@@ -1,12 +1,15 @@
 """Shared fixtures: a tiny tokenizer and tiny models, built in code, offline."""
 
 import os
+import tempfile
 
 os.environ.setdefault("CI", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+TRACKIO = tempfile.TemporaryDirectory(prefix="trackio-")  # removed when the tests end
+os.environ["TRACKIO_DIR"] = TRACKIO.name  # which Trackio reads when it is imported
 
 import pytest
 import torch

@@ -20,10 +20,10 @@ ALLOWED = {
     "rollouts": {"likelihood"},
     "influence": {"likelihood", "kernel"},
     "report": {"runlog"},
-    "callbacks": {"_trl", "probes", "likelihood", "kernel", "influence", "rollouts", "runlog"},
+    "callbacks": {"_trl", "probes", "likelihood", "kernel", "influence", "rollouts", "runlog", "report"},
     "cli": {"probes", "kernel", "report", "runlog", "posthoc", "demo"},
     "posthoc": {"probes", "likelihood", "kernel", "runlog", "callbacks"},
-    "trainers": {"_trl", "probes", "likelihood", "kernel", "influence", "rollouts", "runlog", "callbacks"},
+    "trainers": {"_trl", "probes", "likelihood", "kernel", "influence", "rollouts", "runlog", "report", "callbacks"},
     "_trl": set(),
     "data": set(),
 }

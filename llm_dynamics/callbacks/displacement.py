@@ -16,8 +16,15 @@ from llm_dynamics import _trl
 from llm_dynamics.callbacks.metrics import finite_only
 from llm_dynamics.callbacks.probe import ProbeCallback
 from llm_dynamics.callbacks.refusals import refuse_unscorable
-from llm_dynamics.callbacks.sharding import gather_frames
-from llm_dynamics.likelihood import SplitModel, score_logps, split_model
+from llm_dynamics.callbacks.sharding import broadcast, gather_frames
+from llm_dynamics.likelihood import (
+    SplitModel,
+    count_forwards,
+    idle_forwards,
+    is_sharded,
+    score_logps,
+    split_model,
+)
 from llm_dynamics.likelihood.preserve import evaluating
 from llm_dynamics.rollouts import Groups, loss_rows
 
@@ -94,7 +101,7 @@ class DisplacementCallback(TrainerCallback):
     ) -> None:
         """Begin to record generations."""
         self._open.close()
-        self._pending = self._last = None
+        self._pending, self._last = None, broadcast(self._last_measured(state))
         self._rollouts = self._open.enter_context(_trl.recording_rollouts(self.trainer))
         with evaluating(self._model), self.trainer.accelerator.autocast():
             self._split = split_model(self._model)
@@ -145,6 +152,13 @@ class DisplacementCallback(TrainerCallback):
     def _model(self) -> Any:
         return self.trainer.model
 
+    def _last_measured(self, state: TrainerState) -> int | None:
+        """Return the step under which a resumed run measured last: its rows say so, and its run log."""
+        rows = [int(row["step"]) for row in state.log_history if "lld/questions" in row]
+        watcher = self._watcher
+        parts = [] if watcher is None else watcher.recorder.log.steps("displacements")
+        return max((step - 1 for step in [*rows, *parts] if step <= state.global_step), default=None)
+
     @property
     def _watcher(self) -> ProbeCallback | None:
         callbacks = self.trainer.callback_handler.callbacks
@@ -192,10 +206,16 @@ class DisplacementCallback(TrainerCallback):
         return pd.DataFrame(rows, columns=names), responses
 
     def _sums(self, responses: list[Any], frame: pd.DataFrame) -> list[float]:
-        if not responses:
-            return []
         autocast = self.trainer.accelerator.autocast if self.trainer.accelerator.mixed_precision != "no" else None
-        logps = score_logps(self._model, responses, autocast=autocast, split=self._split)
+        assert self._split is not None, "a run begins with on_train_begin"
+        forwards = None
+        if is_sharded(self._model):  # all processes run as many forwards as the one with most
+            mine = torch.tensor([count_forwards(self._split, responses)], device=self.trainer.accelerator.device)
+            forwards = int(self.trainer.accelerator.gather(mine).max())
+        if not responses:
+            idle_forwards(self._model, self._split, forwards or 0, autocast)
+            return []
+        logps = score_logps(self._model, responses, autocast=autocast, split=self._split, forwards=forwards)
         parts = logps.double().split([len(response.response_ids) for response in responses])
         return [float(part[counted].sum()) for part, counted in zip(parts, frame["counted"], strict=True)]
 

@@ -5,22 +5,25 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from transformers import IntervalStrategy, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm_dynamics import _trl
 from llm_dynamics.callbacks.finished_step import FinishedStep
 from llm_dynamics.callbacks.influence_settings import InfluenceSettings
 from llm_dynamics.callbacks.metrics import finite_only
+from llm_dynamics.callbacks.moment_file import load_history, save_history
 from llm_dynamics.callbacks.probe import ProbeCallback
 from llm_dynamics.callbacks.probe_account import ProbeAccount, account_of_probes, explained_by_gradient
 from llm_dynamics.callbacks.refusals import refuse_unexplainable
 from llm_dynamics.callbacks.roles import role_labelling
-from llm_dynamics.callbacks.sharding import average_weights, sum_over_processes
+from llm_dynamics.callbacks.sharding import average_weights, on_every_process, sum_over_processes
 from llm_dynamics.callbacks.token_account import TokenAccount, TokenAccountant
 from llm_dynamics.influence import (
     BeforeStep,
@@ -98,6 +101,8 @@ class InfluenceCallback(TrainerCallback):
             {"sign": by_sign, "role": self.roles}[split_by] if isinstance(split_by, str) else split_by
         )
         self.history = MomentHistory() if settings.history == "split" else None
+        self._history_since = 0
+        self._resumed_from = _trl.noting_checkpoint(trainer) if self.history is not None else []
         self._open = ExitStack()
         self._tape: LossTape | None = None
         self._seen_a_loss = False
@@ -114,7 +119,7 @@ class InfluenceCallback(TrainerCallback):
     ) -> None:
         """Note in the run log what will be explained."""
         if self.history is not None:
-            self.history.by_label.clear()
+            self._begin_history(state)
         if self.watcher.split.backbone is None and (self.settings.training_tokens or self.settings.map_probes):
             logger.warning(
                 "%s computes its logits in an unknown way: training batches cannot be replayed, so no training tokens "
@@ -194,6 +199,12 @@ class InfluenceCallback(TrainerCallback):
         if not (control.should_log and _trl.add_to_next_row(self.trainer, metrics)):
             _trl.log_row(self.trainer, metrics)
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the labels of momentum with the checkpoint, which has the optimizer's state without them."""
+        checkpoint = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if self.history is not None and args.should_save and checkpoint.is_dir() and not args.save_only_model:
+            save_history(self.history, self._history_since, checkpoint)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -205,6 +216,32 @@ class InfluenceCallback(TrainerCallback):
     def _due(self, state: TrainerState) -> bool:
         """Tell whether the step under way, counted from 1, is explained."""
         return self.settings.explains(state.global_step + 1, state.max_steps)
+
+    def _begin_history(self, state: TrainerState) -> None:
+        """Begin with no momentum, or with what the checkpoint knows of its own."""
+        assert self.trainer.model is not None
+        loaded = None
+        if state.global_step > 0 and self._resumed_from:
+            loaded = load_history(self._resumed_from[0], trainable_parameters(self.trainer.model))
+        if not all(on_every_process(loaded is not None)):
+            loaded = None
+            if state.global_step > 0:
+                logger.warning(
+                    "the checkpoint does not say which tokens filled its momentum: what is older than step %d stays "
+                    "in the cause `momentum`",
+                    state.global_step,
+                )
+        self.history, self._history_since = loaded or (MomentHistory(), state.global_step)
+
+    def _note(self, update: UpdateSplit) -> str | None:
+        """Return what a reader of the account must know."""
+        notes = [] if update.note is None else [update.note]
+        if self.history is not None and self._history_since > 0:
+            notes.append(
+                f"the labels of momentum are known from step {self._history_since} on, where the run was resumed "
+                "without its history: what is older is in `momentum`"
+            )
+        return "; ".join(notes) or None
 
     def _close(self) -> None:
         self._open.close()
@@ -245,7 +282,7 @@ class InfluenceCallback(TrainerCallback):
                 "measured_norm": probes.measured_norm,
                 "remainder_norm": probes.remainder_norm,
                 "optimizer": type(innermost(self.trainer.optimizer)).__name__,
-                "note": update.note,
+                "note": self._note(update),
             },
             "metrics": _shares(probes),
         }

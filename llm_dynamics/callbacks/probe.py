@@ -154,6 +154,11 @@ class ProbeCallback(TrainerCallback):
         return self.recorder.log.folder
 
     @property
+    def observed_step(self) -> int | None:
+        """The step that was observed last."""
+        return self._observed
+
+    @property
     def _model(self) -> Any:
         return self.trainer.model
 
@@ -183,6 +188,13 @@ class ProbeCallback(TrainerCallback):
         """Observe every `every` steps, and after the last."""
         last = state.global_step >= state.max_steps > 0
         if last or (state.global_step % self.every == 0 and self._affordable(state)):
+            self._observe(state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Observe the end of a run that was stopped within an epoch, while its trackers are still open."""
+        if control.should_training_stop and self._observed != state.global_step:
             self._observe(state, control)
 
     def on_train_end(

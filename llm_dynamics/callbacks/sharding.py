@@ -50,6 +50,12 @@ def broadcast(value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
+def on_every_process(value: Any) -> list[Any]:
+    """Return the values of all processes, in their order, on every process."""
+    gathered: list[Any] = gather_object([value])
+    return gathered
+
+
 def sum_over_processes(values: np.ndarray) -> np.ndarray:
     """Return the sum of the processes' arrays (float64), in the order of the processes, on every process."""
     gathered: list[np.ndarray] = gather_object([values])

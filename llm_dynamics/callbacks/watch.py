@@ -11,6 +11,7 @@ from transformers import Trainer
 from llm_dynamics.callbacks.displacement import DisplacementCallback
 from llm_dynamics.callbacks.influence import InfluenceCallback
 from llm_dynamics.callbacks.probe import ProbeCallback
+from llm_dynamics.callbacks.tracker_tables import TrackerTables
 from llm_dynamics.probes import ProbeSet
 
 EXPLAINED_PER_OBSERVATIONS = 4
@@ -24,6 +25,7 @@ def watch(
     *,
     influence: bool | Mapping[str, Any] = False,
     displacement: bool | Mapping[str, Any] = False,
+    tracker_tables: bool = True,
     **options: Any,
 ) -> ProbeCallback:
     """Watch `probes` while `trainer` trains; nothing else about the run changes.
@@ -37,6 +39,8 @@ def watch(
             as `{"every": 10, "history": "split"}`.
         displacement: Of a GRPO or RLOO trainer, also measure what steps do to the correct responses that they are taken
             on: `lld/*`. True measures one step in `every`; a mapping gives arguments of `DisplacementCallback`.
+        tracker_tables: Send each observation as tables, and the curves at the end, to the trackers of `report_to`
+            (wandb, trackio, mlflow, TensorBoard); scalars go there in any case. Without such a tracker nothing is sent.
         **options: Further arguments of `ProbeCallback`.
 
     Returns:
@@ -65,6 +69,8 @@ def watch(
             trainer.add_callback(InfluenceCallback(trainer, probes, **settings))
         if displacement is not False:
             trainer.add_callback(measures)
+        if tracker_tables:
+            trainer.add_callback(TrackerTables(callback))
     except Exception:
         trainer.remove_callback(callback)  # what is refused leaves the trainer as it was
         raise

@@ -28,6 +28,28 @@ def product_questions(seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def product_pairs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a right and a wrong answer to each question, to be watched.
+
+    Args:
+        rows: As `product_questions` returns them.
+
+    Returns:
+        Rows with `prompt`, `chosen` and `rejected`, as texts.
+    """
+    pairs = []
+    for row in rows:
+        asked = row["prompt"][0]["content"].split("?")[0].removeprefix(QUESTION.split("{")[0])
+        pairs.append(
+            {
+                "prompt": row["prompt"],
+                "chosen": f"{asked} is {row['answer']}.",
+                "rejected": f"{asked} is {row['answer'] + 2}.",
+            }
+        )
+    return pairs
+
+
 def product_reward(completions: Sequence[Any], answer: Sequence[int], **kwargs: Any) -> list[float]:
     """Reward a completion whose last whole number is the product: 1, else 0.
 

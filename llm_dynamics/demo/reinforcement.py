@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallb
 
 from llm_dynamics.callbacks import watch
 from llm_dynamics.demo.job import BarOnly, DemoResult, Notify
-from llm_dynamics.demo.products import QUESTION, letter_reward, product_questions, product_reward
+from llm_dynamics.demo.products import letter_reward, product_pairs, product_questions, product_reward
 from llm_dynamics.demo.smollm2 import load_smollm2
 from llm_dynamics.demo.tiny import build_tiny_model, build_tiny_tokenizer
 from llm_dynamics.probes import ProbeSet
@@ -109,16 +109,7 @@ def product_probes(
     rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, settings: ReinforcementSettings
 ) -> ProbeSet:
     """Return probes on training questions: a right and a wrong answer, another question's, and what is no language."""
-    pairs = []
-    for row in rows:
-        asked = row["prompt"][0]["content"].split("?")[0].removeprefix(QUESTION.split("{")[0])
-        pairs.append(
-            {
-                "prompt": row["prompt"],
-                "chosen": f"{asked} is {row['answer']}.",
-                "rejected": f"{asked} is {row['answer'] + 2}.",
-            }
-        )
+    pairs = product_pairs(rows)
     probes = ProbeSet.from_preference_dataset(
         pairs, families=["chosen", "rejected"], n_prompts=settings.watched, seed=settings.seed
     )

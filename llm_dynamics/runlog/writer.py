@@ -157,19 +157,20 @@ class RunLogWriter:
             tables: Frames by table name (`step` is filled in; a missing column becomes null).
 
         Raises:
-            KeyError: For a table that is not in the schema.
+            KeyError: For a table that is not in the schema; nothing is written then.
         """
-        for name, frame in tables.items():
-            columns = schema.ROLLOUT_TABLES[name]
+        schemas = {name: schema.ROLLOUT_TABLES[name] for name in tables}
+        for name, columns in schemas.items():
+            frame = tables[name]
             _write_table(self.folder / name / schema.part_name(step), _to_arrow(frame.assign(step=step), columns))
 
     def exists(self) -> bool:
         """Tell whether there is a run log in the folder."""
         return (self.folder / schema.META_FILE).is_file()
 
-    def steps(self) -> list[int]:
-        """Return the steps whose observation is complete, ascending."""
-        return completed_steps(self.folder)
+    def steps(self, marker: str = "steps") -> list[int]:
+        """Return the steps whose observation, or the part of another table `marker`, is complete, ascending."""
+        return completed_steps(self.folder, marker)
 
     def has(self, step: int) -> bool:
         """Tell whether a complete observation of optimizer step `step` is on disk."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,31 +104,31 @@ def measure_lld(
         responses).
 
     Raises:
-        ValueError: Where the arms lack "grpo", or no reward or tokenizer is known, or no question was mixed.
+        ValueError: Where the arms lack "grpo", or no reward or tokenizer is known, or no question is wanted or was
+            mixed.
 
     Example:
         >>> measure_lld(model, rows, reward_funcs=reward, processing_class=tokenizer)  # doctest: +SKIP
     """
     if BASELINE not in arms:
         raise ValueError(f'arms need "{BASELINE}", whose samples the others share; seen: {", ".join(arms)}')
+    if n_questions < 1:
+        raise ValueError(f"n_questions is {n_questions}; measure at least one")
     model: Any = source
     if isinstance(source, GRPOTrainer):
         model = source.model
-        reward_funcs = source.reward_funcs if reward_funcs is None else reward_funcs
+        if reward_funcs is None:
+            reward_funcs = source.reward_funcs
+            options = {"reward_weights": getattr(source.args, "reward_weights", None), **options}
         processing_class = source.processing_class if processing_class is None else processing_class
     if reward_funcs is None or processing_class is None:
         raise ValueError("a model alone has neither: pass reward_funcs= and processing_class=")
     given = {"num_generations": 8, "learning_rate": 1e-6, "seed": seed, "nthr_correct": correct_from, **options}
     study = _Study(n_questions, correct_from, float(given.get("temperature", 1.0)), on_progress=on_progress)
-    start = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
-    training = model.training
-    try:
+    with _leaving_as_found(model) as start:
         for arm in sorted(arms, key=lambda name: name != BASELINE):
             if arm == BASELINE or study.questions:
                 _run_arm(arm, {**given, **arms[arm]}, model, questions, reward_funcs, processing_class, study, start)
-    finally:
-        _put_back(model, start)
-        model.train(training)
     if not study.questions:
         raise ValueError(
             f"none of {len(questions)} questions got both correct and wrong responses: choose easier or harder ones, "
@@ -284,6 +285,30 @@ class _OneUpdate(TrainerCallback):
         nothing = HeadTokens(states.hidden[:0], states.labels[:0], torch.zeros(0, dtype=torch.int64))
         rule = ResidualRule(exact=False, temperature=self.study.temperature)
         return gwhes(anchor_products(output_head(self._split), nothing, states, rule=rule).products, correct)
+
+
+@contextmanager
+def _leaving_as_found(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Restore weights, modes and what a trainer patches of `model` at the end.
+
+    Yields:
+        The trainable weights.
+    """
+    config: Any = model.config
+    use_cache = getattr(config, "use_cache", None)
+    start = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    kept = ("training", "gradient_checkpointing", "forward")  # TRL's fused head, with a temperature of its own
+    found = [
+        (module, {name: vars(module)[name] for name in kept if name in vars(module)}) for module in model.modules()
+    ]
+    try:
+        yield start
+    finally:
+        _put_back(model, start)
+        config.use_cache = use_cache
+        for module, state in found:
+            vars(module).pop("forward", None)
+            vars(module).update(state)
 
 
 def _put_back(model: nn.Module, start: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ are called by hand. Process 0 writes what it saw to `WORKSPACE/sharded.json`; th
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,11 @@ from torch.distributed.tensor import DTensor
 from llm_dynamics.callbacks import ProbeCallback
 from llm_dynamics.likelihood import idle_forwards, is_sharded, score_logps, split_model
 from llm_dynamics.likelihood.preserve import evaluating
+from llm_dynamics.trainers import NTHRGRPOTrainer
+from tests.distributed.nthr_runs import MIXED, RUNS, Recorder, nthr_run
 from tests.training import build_trainer, make_probes
+
+NTHR_CASES = ("nthr_4", "thr_4", "group_4")
 
 
 def shard(model):
@@ -28,6 +33,28 @@ def shard(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def first_generation(name, folder, output_dir, *, world_size, sharded):
+    """Score the first batch of an NTHR run, and return what was made of its rows."""
+    rows = []
+
+    def generate(trainer):
+        if sharded:
+            shard(trainer.model)
+        trainer.model.train()
+        size = RUNS[name][1]
+        questions = [row for row in list(trainer.train_dataset)[: len(MIXED[size][0])] for _ in range(size)]
+        count = len(questions) // world_size
+        first = trainer.args.process_index * count
+        trainer._generate_and_score_completions(questions[first : first + count])
+        recorder = Recorder(trainer)
+        recorder.on_pre_optimizer_step(None, None, None)
+        rows.extend(recorder.steps[0])
+
+    with mock.patch.object(NTHRGRPOTrainer, "train", generate):
+        nthr_run(name, folder, output_dir, world_size=world_size)
+    return rows
 
 
 def train_step(model, ids, rate):
@@ -66,8 +93,15 @@ def main():
         alone = score_logps(model, responses, split=split, forwards=3).tolist()
     else:
         idle_forwards(model, split, 3)
+    nthr = {}
+    for name in NTHR_CASES:
+        mine = first_generation(name, MODEL_FOLDER, WORKSPACE / name, world_size=2, sharded=True)
+        everything = [None, None]
+        dist.all_gather_object(everything, mine)
+        nthr[name] = everything[0] + everything[1]
     if rank == 0:
         seen = {
+            "nthr": nthr,
             "losses": losses,
             "sharded_again": sharded_again,
             "backbone": split.backbone is not None,

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from llm_dynamics.callbacks import ProbeCallback
 from llm_dynamics.likelihood import is_sharded, score_logps
 from llm_dynamics.runlog import load_run
-from tests.distributed.sharded_worker import train_step
+from tests.distributed.sharded_worker import NTHR_CASES, first_generation, train_step
 from tests.training import TIMED_COLUMNS, build_trainer, make_probes, save_tiny_model
 
 pytestmark = pytest.mark.distributed
@@ -97,3 +97,22 @@ def test_a_process_with_nothing_to_score_runs_along(workspace, alone, model_fold
         train_step(model, ids, 0.1)
     expected = score_logps(model, callback.encoded[:2])
     torch.testing.assert_close(torch.tensor(seen["alone"]), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NTHR_CASES)
+def test_nthr_scores_with_sharded_parameters_are_those_of_one_process(name, workspace, model_folder, tmp_path):
+    seen = json.loads((workspace / "sharded.json").read_text())["nthr"][name]
+    expected = first_generation(name, model_folder, tmp_path, world_size=1, sharded=False)
+    assert len(seen) == len(expected)
+    scored = 0
+    for mine, theirs in zip(seen, expected, strict=True):
+        for key, value in theirs.items():
+            torch.testing.assert_close(
+                torch.tensor(mine[key], dtype=torch.float64),
+                torch.tensor(value, dtype=torch.float64),
+                rtol=1e-6,
+                atol=1e-6,
+                equal_nan=True,
+            )
+        scored += sum(score == score for score in theirs["scores"])
+    assert scored

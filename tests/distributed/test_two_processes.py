@@ -1,12 +1,6 @@
 """Two real data-parallel processes (gloo) under `accelerate launch`: watched, they train as they do alone."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,22 +9,10 @@ import pytest
 from llm_dynamics.callbacks import ProbeCallback
 from llm_dynamics.runlog import load_run
 from tests.distributed.explained_runs import RUNS, explained_trainer
+from tests.distributed.launch import run_two_processes
 from tests.training import build_trainer, make_probes, save_tiny_model
 
 pytestmark = pytest.mark.distributed
-ROOT = Path(__file__).parents[2]
-# `accelerate launch --cpu --num_processes 2` and `distributed_type: MULTI_CPU` start one process, silently
-LAUNCH = """\
-compute_environment: LOCAL_MACHINE
-distributed_type: MULTI_GPU
-use_cpu: true
-num_processes: 2
-num_machines: 1
-machine_rank: 0
-mixed_precision: "no"
-main_process_ip: 127.0.0.1
-main_process_port: {port}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -42,29 +24,8 @@ def model_folder(tmp_path_factory):
 def workspace(model_folder, tmp_path_factory):
     """What the two processes of `worker.py` left behind."""
     workspace = tmp_path_factory.mktemp("two_processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        config = LAUNCH.format(port=free.getsockname()[1])
-    (workspace / "two.yaml").write_text(config)
     save_tiny_model(workspace / "model")  # without dropout, of which each process draws its own
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(workspace / "two.yaml")]
-    command += ["--module", "tests.distributed.worker", str(model_folder), str(workspace)]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=180)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the launcher and its workers
-        pytest.fail(f"the two processes hang; they said:\n{process.communicate()[0]}")
-    if process.returncode != 0:
-        pytest.fail(f"the two processes failed; they said:\n{output}")
+    run_two_processes("tests.distributed.worker", workspace, model_folder, workspace)
     return workspace
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -100,13 +101,13 @@ class NTHRConfig(GRPOConfig):
         self._one_of("nthr_vocab", ("full", "group"))
         self._one_of("nthr_kernel", ("last_layer", "exact"))
         self.eta(0.5)
-        if math.isnan(self.nthr_beta):
-            raise ValueError("nthr_beta is nan; give a number, -inf or inf")
+        if math.isnan(self._number("nthr_beta")):
+            raise ValueError(f"nthr_beta is {self.nthr_beta!r}; give a number, -inf or inf")
         for name in ("nthr_correct", "thr_q", "w_reinforce_weight"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)}; give a finite number")
-        if not 0 <= self.llds_coef < math.inf:
-            raise ValueError(f"llds_coef is {self.llds_coef}; give a number from 0 (off); the paper's is 0.2")
+            if not math.isfinite(self._number(name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give a finite number")
+        if not 0 <= self._number("llds_coef") < math.inf:
+            raise ValueError(f"llds_coef is {self.llds_coef!r}; give a number from 0 (off); the paper's is 0.2")
         if self.loss_type not in _trl.LOSSES_BY_TOKEN:
             raise ValueError(
                 f"loss_type is {self.loss_type!r}; NTHRGRPOTrainer knows which losses honour advantages token by "
@@ -120,6 +121,13 @@ class NTHRConfig(GRPOConfig):
                 )
             if self.nthr_vocab != "full":
                 raise ValueError("nthr_vocab='group' restricts the last layer; with nthr_kernel='exact' set 'full'")
+        by_response = self.importance_sampling_level == "sequence" and self.loss_type not in ("cispo", "vespo")
+        if by_response and self.nthr_method in SCORED_METHODS:
+            warnings.warn(
+                "importance_sampling_level='sequence' gives all tokens of a response one ratio, so that token "
+                "advantages act through their mean alone: which tokens were chosen makes no difference",
+                stacklevel=3,
+            )
         inner = self.num_iterations * (self.steps_per_generation or 1) / self.gradient_accumulation_steps
         if self.llds_coef and inner <= 1:
             raise ValueError(
@@ -138,13 +146,18 @@ class NTHRConfig(GRPOConfig):
             return rule(p)
         try:
             value = float(self.nthr_eta)
-        except ValueError:
+        except (TypeError, ValueError):
             value = math.nan
         if not math.isfinite(value):
             raise ValueError(
                 f"nthr_eta is {self.nthr_eta!r}; allowed: {', '.join(map(repr, ETAS))}, or a finite number such as 0.0"
             )
         return value
+
+    def _number(self, name: str) -> float:
+        """Return the value of a field, NaN where it is no number."""
+        value = getattr(self, name)
+        return float(value) if isinstance(value, int | float) else math.nan
 
     def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:

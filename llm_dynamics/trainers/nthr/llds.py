@@ -22,9 +22,9 @@ def llds_penalty(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Ten
     Returns:
         A scalar, nats per token.
     """
-    mask = mask.to(logps)
-    fall = (old_logps.detach() - logps) * mask
-    kept = advantages >= 0 if advantages.ndim == 1 else ((advantages >= 0) | (mask == 0)).all(dim=1)
+    mask = mask.bool()
+    fall = torch.where(mask, old_logps.detach() - logps, 0.0)  # of padding not even infinities are seen
+    kept = advantages >= 0 if advantages.ndim == 1 else ((advantages >= 0) | ~mask).all(dim=1)
     counts = kept & (fall.detach().sum(dim=1) > 0)
     per_response = fall.clamp(min=0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
     return torch.where(counts, per_response, torch.zeros_like(per_response)).mean()

@@ -80,6 +80,9 @@ def score_group(
         scores = scores.clone()
         for i in own[own >= 0].unique().tolist():
             mine = own == i
+            if len(correct.labels) == correct.lengths[i]:
+                scores[mine] = 0  # no other: not the rounding error of a difference, which would have a sign
+                continue
             itself = _some(tokens, mine), correct.of_response(i)
             scores[mine] -= w[i] * anchor_scores(head, *itself, rule=rule)
     return GroupScores(scores, _anchors(found.products, w, lengths, include_self))
@@ -91,6 +94,7 @@ def score_group_exactly(
     correct_spans: Sequence[Sequence[tuple[int, int]]],
     scored: Sequence[TokenizedResponse],
     *,
+    own: Sequence[int] | None = None,
     include_self: bool = True,
     by_length: bool = False,
     split: SplitModel | None = None,
@@ -102,14 +106,15 @@ def score_group_exactly(
         correct: The R correct responses.
         correct_spans: Of each, the spans (start, stop) of response tokens that the loss counts.
         scored: The responses whose tokens are scored.
-        include_self: As for `score_group`; the anchor score counts the response itself.
+        own: Index of the correct response that each of `scored` is, -1 for none; None: -1 for all.
+        include_self: As for `score_group`.
         by_length: As for `score_group`.
         split: The model's halves from `split_model`.
 
     Returns:
         Scores of every token of each of `scored`, and the anchor scores (R,), as in `score_group`.
     """
-    lengths = torch.tensor([float(sum(b - a for a, b in spans)) for spans in correct_spans])
+    lengths = torch.tensor([sum(b - a for a, b in spans) for spans in correct_spans], dtype=torch.float64)
     w = 1 / lengths.clamp(min=1) if by_length else torch.ones_like(lengths)
     owner = torch.tensor([i for i, spans in enumerate(correct_spans) for _ in spans], dtype=torch.int64)
 
@@ -122,8 +127,13 @@ def score_group_exactly(
     anchors = _anchors(products, w.to(products), lengths.to(products), include_self)
     if not scored:
         return [], anchors
-    scores = sums(scored) @ w.to(products)
-    return list(scores.split([len(response.response_ids) for response in scored])), anchors
+    sizes = [len(response.response_ids) for response in scored]
+    parts = sums(scored).split(sizes)
+    if own is not None and not include_self:
+        for part, i in zip(parts, own, strict=True):
+            if i >= 0:
+                part[:, i] = 0
+    return [part @ w.to(products) for part in parts], anchors
 
 
 def _anchors(products: Tensor, w: Tensor, lengths: Tensor, include_self: bool) -> Tensor:

@@ -20,7 +20,7 @@ Scores come in the order of those responses, the tokens that count of each."""
 
 @dataclass(frozen=True)
 class ShapedBatch:
-    """This process's share of a shaped batch: B responses, T positions; on the CPU but for `advantages`.
+    """This process's share of a shaped batch: B responses, T positions; on the device of its mask.
 
     Attributes:
         before: Advantages of responses as TRL computed them, (B,).

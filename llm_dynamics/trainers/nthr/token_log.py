@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_dynamics.callbacks.probe import ProbeCallback
-from llm_dynamics.callbacks.sharding import gather_frames
+from llm_dynamics.callbacks.sharding import broadcast, gather_frames
 from llm_dynamics.trainers.nthr.shaping import ShapedBatch
 
 if TYPE_CHECKING:
@@ -39,8 +39,11 @@ class TokenLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget an earlier run."""
-        self._pending = self._last = None
+        """Forget an earlier run, or go on where a resumed one was."""
+        watcher = self._watcher
+        written = [] if watcher is None else watcher.recorder.log.steps("rollouts")
+        last = max((step - 1 for step in written if step <= state.global_step), default=None)
+        self._pending, self._last = None, broadcast(last)
 
     def keep(self, inputs: list[dict[str, Any]], batch: dict[str, Any], shaped: ShapedBatch) -> None:
         """Keep a generation of the training batch, if it is due; every process must call."""

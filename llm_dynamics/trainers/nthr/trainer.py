@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,9 +16,11 @@ from llm_dynamics.kernel.output_head import output_head
 from llm_dynamics.kernel.residuals import ResidualRule
 from llm_dynamics.likelihood.head import SplitModel, split_model, unwrap_model
 from llm_dynamics.likelihood.preserve import evaluating
+from llm_dynamics.likelihood.sharded import gathered
 from llm_dynamics.rollouts import Groups, LossRow, loss_rows
 from llm_dynamics.trainers.nthr.config import SCORED_METHODS, NTHRConfig
 from llm_dynamics.trainers.nthr.llds import llds_penalty
+from llm_dynamics.trainers.nthr.model_card import METHODS, NTHR_PAPER, append_dynamics
 from llm_dynamics.trainers.nthr.scores import GroupScores, score_group, score_group_exactly
 from llm_dynamics.trainers.nthr.shaping import Scorer, ShapedBatch, shape_batch
 from llm_dynamics.trainers.nthr.token_log import TokenLog
@@ -67,6 +71,7 @@ class NTHRGRPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "grpo", "nthr"]  # noqa: RUF012 - as TRL has it
     _name = "NTHR"
+    _paper = NTHR_PAPER
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: NTHRConfig | None = None, **kwargs: Any) -> None:
         if args is None:
@@ -79,6 +84,16 @@ class NTHRGRPOTrainer(GRPOTrainer):
         if reward_funcs is None and not kwargs.get("environment_factory"):
             raise ValueError("reward_funcs is None; pass a reward function, a reward model, or a list of them")
         super().__init__(model, reward_funcs, args, **kwargs)
+        if _trl.is_zero3(self) and args.nthr_method in SCORED_METHODS:
+            raise NotImplementedError(
+                f"nthr_method={args.nthr_method!r} reads the LM head's weights, which DeepSpeed ZeRO-3 partitions: use "
+                "ZeRO-2 or FSDP2"
+            )
+        sharded = _trl.is_fsdp2(self) or _trl.is_zero3(self)
+        if sharded and args.nthr_kernel == "exact" and args.nthr_method in SCORED_METHODS:
+            raise NotImplementedError(
+                "nthr_kernel='exact' needs whole gradients, and the parameters are sharded: set 'last_layer'"
+            )
         if _trl.takes_images(self) and args.nthr_method in SCORED_METHODS:
             raise NotImplementedError(
                 f"nthr_method={args.nthr_method!r} scores text completions; {type(self._policy).__name__} takes images"
@@ -90,9 +105,16 @@ class NTHRGRPOTrainer(GRPOTrainer):
                 f"nthr_kernel='exact' needs whole groups on every process; seen {local} responses a process "
                 f"(per_device_train_batch_size x steps_per_generation) in groups of {size}"
             )
+        local, size = args.per_device_eval_batch_size, _trl.group_size(self, training=False)
+        evaluates = kwargs.get("eval_dataset") is not None
+        if evaluates and args.nthr_kernel == "exact" and args.nthr_method in SCORED_METHODS and local % size:
+            raise ValueError(
+                f"nthr_kernel='exact' needs whole groups on every process, also in evaluation; seen {local} responses "
+                f"a process (per_device_eval_batch_size) in groups of {size}"
+            )
         self.shaped: ShapedBatch | None = None
         self._split: SplitModel | None = None
-        self._generations = 0
+        self._generated = (0, -1)  # the step of the last generation for training, and its number within that step
         self._token_log: TokenLog | None = None
         if args.nthr_log_tokens:
             self._token_log = TokenLog(self)
@@ -111,6 +133,13 @@ class NTHRGRPOTrainer(GRPOTrainer):
     def _backbone(self) -> torch.nn.Module:
         return cast(torch.nn.Module, unwrap_model(self._policy).base_model)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As TRL's, naming the method in use, and where the run is watched, with a section on its learning dynamics."""
+        self._name, self._paper = METHODS[self.config.nthr_method]
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            append_dynamics(self, Path(self.args.output_dir or ".") / "README.md")
+
     # ---- the overrides ------------------------------------------------------------------------------------------
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -118,6 +147,9 @@ class NTHRGRPOTrainer(GRPOTrainer):
         return self._rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self._policy.training:
+            step, number = self.state.global_step, self._generated[1]
+            self._generated = (step, number + 1 if step == self._generated[0] else 0)
         if self.config.nthr_method == "none":
             batch = super()._generate_and_score_completions(inputs)
             if self._token_log is not None:
@@ -141,8 +173,13 @@ class NTHRGRPOTrainer(GRPOTrainer):
         with _trl.recording_logp_passes(self, policy=model) as passes:
             loss = super()._compute_loss(model, inputs)
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        penalty = llds_penalty(passes[0].logps, inputs["old_per_token_logps"], inputs["response_advantages"], mask)
         training = bool(self._policy.training)
+        logps = passes[0].logps
+        if not training or self.state.global_step == self._generated[0]:
+            # The weights are those of the rollout: what differs is dropout or rounding. The penalty would be small, but
+            # its gradient is a step function of the difference.
+            logps = inputs["old_per_token_logps"]
+        penalty = llds_penalty(logps, inputs["old_per_token_logps"], inputs["response_advantages"], mask)
         _trl.append_metric(self, training, "llds/penalty", self._gather(penalty.detach()).mean().item())
         steps = self.current_gradient_accumulation_steps if training else 1
         return loss + self.config.llds_coef * penalty / steps
@@ -163,15 +200,15 @@ class NTHRGRPOTrainer(GRPOTrainer):
             lengths=self._gather(mask.sum(dim=1)).cpu(),
             correct_from=self.config.nthr_correct,
         )
-        self._generations += training
-        with torch.no_grad():
+        score = self._scorer(batch, mask, groups, states)
+        with torch.no_grad(), gathered(self._policy):
             self.shaped = shape_batch(
                 self.config,
                 groups,
                 batch["advantages"],
                 mask,
-                self._scorer(batch, mask, groups, states),
-                seed=self.config.seed + self._generations,
+                score,
+                seed=self._draw_seed(),
                 count_selected=self._gather,
             )
         if self.config.nthr_method != "none":
@@ -193,14 +230,14 @@ class NTHRGRPOTrainer(GRPOTrainer):
         if states is None:
             states = self._completion_states(batch)
         pool = TokenPool(states, batch["completion_ids"], mask, groups, self.accelerator)
-        head = output_head(self._split)
+        head = cache(partial(output_head, self._split))  # read when what is sharded has been gathered
 
         def score(group: range, right: list[int], scored: list[int]) -> GroupScores:
             vocabulary = pool.vocabulary(group) if config.nthr_vocab == "group" else None
             tokens = pool.tokens(scored)
             own = [right.index(row) if row in right else -1 for row in scored]
             return score_group(
-                head,
+                head(),
                 pool.tokens(right),
                 tokens,
                 own=torch.repeat_interleave(torch.tensor(own, dtype=torch.int64), tokens.lengths),
@@ -217,11 +254,13 @@ class NTHRGRPOTrainer(GRPOTrainer):
         def score(group: range, right: list[int], scored: list[int]) -> GroupScores:
             correct, others = ([rows[row - groups.first] for row in chosen] for chosen in (right, scored))
             filled = [row for row in others if row.spans]
+            anchored = [row for row in correct if row.spans]
             values, anchors = score_group_exactly(
                 self._policy,
-                [row.response for row in correct if row.spans],
-                [row.spans for row in correct if row.spans],
+                [row.response for row in anchored],
+                [row.spans for row in anchored],
                 [row.response for row in filled],
+                own=[next((i for i, other in enumerate(anchored) if other is row), -1) for row in filled],
                 include_self=config.nthr_include_self,
                 by_length=config.nthr_method == "thr",
                 split=self._split,
@@ -237,7 +276,8 @@ class NTHRGRPOTrainer(GRPOTrainer):
         with evaluating(self._policy), self.accelerator.autocast():
             split = split_model(self._policy)
         if self.config.nthr_kernel == "last_layer":
-            output_head(split)  # refuses heads without a closed form, by name
+            with gathered(self._policy):
+                output_head(split)  # refuses heads without a closed form, by name
         return split
 
     def _completion_states(self, batch: dict[str, Any]) -> Tensor:
@@ -257,6 +297,11 @@ class NTHRGRPOTrainer(GRPOTrainer):
                 self._policy(input_ids=some, attention_mask=seen, logits_to_keep=1, use_cache=False)
         return torch.cat(states)
 
+    def _draw_seed(self) -> int:
+        """Seed of method "random": another one for each generation, and the same after a resume."""
+        step, number = self._generated
+        return self.config.seed + 65_537 * step + number
+
     def _gather(self, values: Tensor) -> Tensor:
         return self.accelerator.gather(values.contiguous())
 
@@ -273,7 +318,7 @@ class NTHRGRPOTrainer(GRPOTrainer):
         metrics = {
             "frac_downweighted": selected.sum() / of.sum(),
             "score_mean": total.sum() / n.sum(),
-            "threshold": threshold.nanmean(),
+            "threshold": threshold[threshold.isfinite()].mean(),  # reporters take no infinity
             "eta": eta.nanmean(),
             "p": p.nanmean(),
         }
@@ -286,10 +331,12 @@ def _never_scores(group: range, right: list[int], scored: list[int]) -> GroupSco
 
 
 def _has_dropout(model: torch.nn.Module) -> bool:
-    """Tell whether a pass in training mode draws random numbers: any dropout above zero, under any name."""
+    """Tell whether a pass in training mode draws random numbers: any dropout above zero, under any name, or noise."""
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
             return True
-        if any("dropout" in name and isinstance(p, float) and p > 0 for name, p in vars(module).items()):
-            return True
+        for name, value in vars(module).items():
+            random = any(word in name for word in ("drop", "jitter", "neftune"))
+            if random and isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+                return True
     return False

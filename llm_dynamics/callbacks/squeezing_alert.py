@@ -1,0 +1,82 @@
+"""Warn, or stop, when the mass goes into the greedy tokens while what is watched falls."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llm_dynamics.callbacks.probe import ProbeCallback
+from llm_dynamics.callbacks.sharding import broadcast
+from llm_dynamics.likelihood.verdicts import is_squeezing
+from llm_dynamics.runlog import load_run
+
+logger = logging.getLogger(__name__)
+
+
+class SqueezingAlert(TrainerCallback):
+    """Judges each observation of the trainer's `ProbeCallback` by the rule `squeezing` (`likelihood.verdicts`).
+
+    When it is found first, one warning goes to the log with the numbers that decide. With `stop_on="squeezing"`
+    training stops at the end of that step.
+
+    Args:
+        trainer: A trainer that is watched: `watch(trainer, probes)` comes first.
+        stop_on: "squeezing" stops the run when it is found; None only warns.
+        patience: Consecutive observations that must find it.
+
+    Raises:
+        ValueError: Where the trainer is not watched, or for arguments out of range.
+
+    Example:
+        >>> trainer.add_callback(SqueezingAlert(trainer, stop_on="squeezing"))  # doctest: +SKIP
+    """
+
+    def __init__(self, trainer: Trainer, *, stop_on: Literal["squeezing"] | None = None, patience: int = 1) -> None:
+        watchers = [other for other in trainer.callback_handler.callbacks if isinstance(other, ProbeCallback)]
+        if not watchers:
+            raise ValueError("the trainer is not watched: call watch(trainer, probes) before adding SqueezingAlert")
+        if stop_on not in (None, "squeezing"):
+            raise ValueError(f'stop_on is {stop_on!r}; allowed: "squeezing", None')
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise ValueError(f"patience is {patience!r}; give 1, 2, ... observations")
+        self.watcher = watchers[0]
+        self.stop_on = stop_on
+        self.patience = patience
+        self.found_at: int | None = None
+        self._row = 0
+        self._judged: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget an earlier run."""
+        self.found_at, self._row, self._judged = None, 0, None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Judge an observation that was made at this step."""
+        if self.watcher.observed_step != state.global_step or self._judged == state.global_step:
+            return
+        self._judged = state.global_step
+        finding = broadcast(self._judge() if state.is_world_process_zero else None)
+        if finding is None:
+            return
+        found, evidence = finding
+        self._row = self._row + 1 if found else 0
+        if self._row < self.patience:
+            return
+        if self.found_at is None:
+            self.found_at = state.global_step
+            if state.is_world_process_zero:
+                logger.warning(
+                    "step %d: squeezing: %s. Negative gradients on unlikely responses do this: extend first, lower the "
+                    "learning rate, or stop",
+                    state.global_step,
+                    evidence,
+                )
+        if self.stop_on == "squeezing":
+            control.should_training_stop = True
+
+    def _judge(self) -> tuple[bool, str] | None:
+        return is_squeezing(load_run(self.watcher.log_folder, errors="warn").sequences)

@@ -1,0 +1,80 @@
+"""What the model card of a run says: the method's paper, and the learning dynamics that were logged."""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+from pathlib import Path
+
+from transformers import Trainer
+from trl import GRPOTrainer
+
+from llm_dynamics import _trl
+from llm_dynamics.callbacks.probe import ProbeCallback
+from llm_dynamics.report import model_card_section
+from llm_dynamics.runlog import RunLogError, load_run, schema
+
+logger = logging.getLogger(__name__)
+
+
+def _paper(title: str, number: str, authors: str, key: str) -> dict[str, str]:
+    """Return a paper as TRL's trainers describe theirs."""
+    citation = f"""\
+        @article{{{key},
+            title        = {{{{{title}}}}},
+            author       = {{{authors}}},
+            year         = 2025,
+            eprint       = {{arXiv:{number}}},
+        }}"""
+    return {"title": title, "id": number, "citation": textwrap.dedent(citation)}
+
+
+NTHR_PAPER = _paper(
+    "On the Effect of Negative Gradient in Group Relative Deep Reinforcement Optimization",
+    "2505.18830",
+    "Wenlong Deng and Yi Ren and Muchen Li and Danica J. Sutherland and Xiaoxiao Li and Christos Thrampoulidis",
+    "deng2025effect",
+)
+THR_PAPER = _paper(
+    "Token Hidden Reward: Steering Exploration-Exploitation in Group Relative Deep Reinforcement Learning",
+    "2510.03669",
+    "Wenlong Deng and Yi Ren and Yushu Li and Boying Gong and Danica J. Sutherland and Xiaoxiao Li and Christos "
+    "Thrampoulidis",
+    "deng2025token",
+)
+NSR_PAPER = _paper(
+    "The Surprising Effectiveness of Negative Reinforcement in LLM Reasoning",
+    "2506.01347",
+    "Xinyu Zhu and Mengzhou Xia and Zhepei Wei and Wei-Lin Chen and Danqi Chen and Yu Meng",
+    "zhu2025surprising",
+)
+METHODS: dict[str, tuple[str, dict[str, str]]] = {
+    "nthr": ("NTHR", NTHR_PAPER),
+    "thr": ("THR", THR_PAPER),
+    "nsr": ("NSR", NSR_PAPER),
+    "w_reinforce": ("W-REINFORCE", NSR_PAPER),
+    "pos_only": ("GRPO without negative advantages", {}),
+    "random": ("GRPO with the penalty of randomly drawn tokens changed", {}),
+    "none": _trl.name_and_paper(GRPOTrainer),
+}
+"""What a card calls each `nthr_method`, and the paper that introduced it; none for controls."""
+
+
+def append_dynamics(trainer: Trainer, card: Path) -> None:
+    """Append `model_card_section` to a model card, where the trainer is watched and its log can be read.
+
+    Args:
+        trainer: The trainer.
+        card: The card's file.
+    """
+    callbacks = trainer.callback_handler.callbacks
+    folder = next((callback.log_folder for callback in callbacks if isinstance(callback, ProbeCallback)), None)
+    if folder is None or not (folder / schema.META_FILE).is_file():
+        return
+    try:
+        section = model_card_section(load_run(folder))
+    except RunLogError as error:
+        logger.warning("the model card says nothing of the learning dynamics: %s", error)
+        return
+    text = card.read_text(encoding="utf-8").rstrip("\n")
+    card.write_text(f"{text}\n\n{section}", encoding="utf-8")

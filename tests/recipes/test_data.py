@@ -1,0 +1,209 @@
+"""Pairs and questions in the forms they come in, from what is local."""
+
+import json
+
+import datasets
+import pytest
+import tasks
+from data import as_pair, load_pairs, load_rows, read_transcript, split_transcripts, write_transcript
+from extend_sft import extend
+from tasks import TaskArguments, load_task
+from trl import ScriptArguments
+
+ASKED = "\n\nHuman: How do I boil an egg?\n\nAssistant: Soft or hard?\n\nHuman: Hard. \n\nAssistant:"
+HH = {"chosen": f"{ASKED} Ten minutes.", "rejected": f"{ASKED} No idea."}
+TURNS = [
+    {"role": "user", "content": "How do I boil an egg?"},
+    {"role": "assistant", "content": "Soft or hard?"},
+    {"role": "user", "content": "Hard."},
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def says(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+# ---- HH ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_transcript_is_split_byte_for_byte_after_its_last_assistant():
+    pair = split_transcripts(HH["chosen"], HH["rejected"])
+    assert pair == {"prompt": ASKED, "chosen": " Ten minutes.", "rejected": " No idea."}
+    assert pair["prompt"] + pair["chosen"] == HH["chosen"]
+
+
+def test_transcripts_become_plain_pairs_or_chat_messages():
+    assert as_pair(HH, chat=False) == split_transcripts(HH["chosen"], HH["rejected"])
+    assert as_pair(HH, chat=True) == {
+        "prompt": TURNS,
+        "chosen": says("Ten minutes."),
+        "rejected": says("No idea."),
+    }
+
+
+def test_transcripts_that_part_before_the_last_answer_are_no_pair():
+    other = {"chosen": HH["chosen"], "rejected": "\n\nHuman: Something else?\n\nAssistant: No idea."}
+    empty = {"chosen": HH["chosen"], "rejected": ASKED}
+    assert as_pair(other, chat=True) is None
+    assert as_pair(empty, chat=False) is None
+    assert split_transcripts("no turns", "at all") is None
+
+
+def test_messages_and_transcripts_turn_into_each_other():
+    text = write_transcript(TURNS)
+    assert text == ASKED.replace("Hard. ", "Hard.")
+    assert read_transcript(text) == TURNS
+    assert write_transcript([{"role": "system", "content": "Be brief."}, TURNS[0]]).startswith("Be brief.\n\nHuman:")
+
+
+def test_hh_is_read_from_a_folder_laid_out_like_the_hub(tmp_path, caplog):
+    broken = {"chosen": HH["chosen"], "rejected": "\n\nHuman: Other?\n\nAssistant: No."}
+    write_jsonl(tmp_path / "hh" / "helpful-base" / "train.jsonl", [HH, broken])
+    write_jsonl(tmp_path / "hh" / "helpful-base" / "test.jsonl", [HH] * 3)
+    args = ScriptArguments(dataset_name=str(tmp_path / "hh"), dataset_config="helpful-base")
+    assert load_pairs(args, chat=True).to_list() == [as_pair(HH, chat=True)]
+    assert "1 of 2 rows" in caplog.text
+    assert len(load_pairs(args, chat=False, held_out=True)) == 3
+
+
+def test_short_names_ask_for_the_right_data_set(monkeypatch):
+    asked = []
+    monkeypatch.setattr("data.load_dataset", lambda *names, **options: asked.append((*names, options)) or [HH])
+    load_pairs(ScriptArguments(dataset_name="hh_helpful_base", dataset_train_split="train[:5000]"), chat=False)
+    load_pairs(ScriptArguments(dataset_name="ultrafeedback"), chat=True, held_out=True)
+    load_pairs(ScriptArguments(dataset_name="some/pairs", dataset_config="large"), chat=True)
+    assert asked == [
+        ({"path": "Anthropic/hh-rlhf", "data_dir": "helpful-base", "name": None, "split": "train[:5000]"},),
+        ({"path": "trl-lib/ultrafeedback_binarized", "name": None, "split": "test"},),
+        ("some/pairs", {"name": "large", "split": "train"}),
+    ]
+
+
+# ---- other pairs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", [None, "How do I boil an egg?"], ids=["implicit", "beside"])
+def test_ultrafeedback_has_its_prompt_inside_both_answers(prompt):
+    row = {"chosen": TURNS[:1] + says("Ten."), "rejected": TURNS[:1] + says("No."), "score_chosen": 8.0}
+    pair = as_pair(row | ({} if prompt is None else {"prompt": prompt}), chat=True)
+    assert pair == {"prompt": TURNS[:1], "chosen": says("Ten."), "rejected": says("No."), "score_chosen": 8.0}
+    assert as_pair(row, chat=False) == {
+        "prompt": "\n\nHuman: How do I boil an egg?\n\nAssistant:",
+        "chosen": " Ten.",
+        "rejected": " No.",
+        "score_chosen": 8.0,
+    }
+
+
+def test_a_text_prompt_with_one_message_each_becomes_chat():
+    row = {"prompt": "How?", "chosen": says("So."), "rejected": says("No.")}
+    assert as_pair(row, chat=True)["prompt"] == [{"role": "user", "content": "How?"}]
+
+
+def test_plain_pairs_stay_as_they_are():
+    row = {"prompt": "Two and two is", "chosen": " four.", "rejected": " five."}
+    assert as_pair(row, chat=True) == row
+    assert as_pair(row, chat=False) == row
+
+
+def test_answers_of_several_messages_are_no_pair():
+    longer = [*says("Ten."), {"role": "user", "content": "Thanks."}, *says("Welcome.")]
+    assert as_pair({"prompt": TURNS[:1], "chosen": longer, "rejected": says("No.")}, chat=True) is None
+
+
+def test_the_built_in_pairs_need_no_network():
+    args = ScriptArguments(dataset_name="polite_pairs")
+    train, test = load_pairs(args, chat=True), load_pairs(args, chat=True, held_out=True)
+    assert len(train) == 112
+    assert {"prompt", "chosen", "rejected", "chosen_semantic", "human_random"} <= set(train.column_names)
+    assert not {row["prompt"][-1]["content"] for row in train} & {row["prompt"][-1]["content"] for row in test}
+    assert isinstance(load_pairs(args, chat=False)[0]["prompt"], str)
+
+
+def test_a_file_is_the_split_train_and_no_other(tmp_path):
+    row = {"prompt": "Two and two is", "chosen": " four.", "rejected": " five."}
+    path = write_jsonl(tmp_path / "pairs.jsonl", [row] * 4)
+    assert len(load_pairs(ScriptArguments(dataset_name=path), chat=False)) == 4
+    assert len(load_pairs(ScriptArguments(dataset_name=path, dataset_train_split="train[:2]"), chat=False)) == 2
+    with pytest.raises(ValueError, match="one file"):
+        load_pairs(ScriptArguments(dataset_name=path), chat=False, held_out=True)
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path):
+    with pytest.raises(ValueError, match="polite_pairs"):
+        load_rows(ScriptArguments(), "train")
+    with pytest.raises(ValueError, match="dataset_streaming"):
+        load_rows(ScriptArguments(dataset_name="x/y", dataset_streaming=True), "train")
+    path = write_jsonl(tmp_path / "texts.jsonl", [{"text": "no pair"}])
+    with pytest.raises(ValueError, match="no row is a preference pair"):
+        load_pairs(ScriptArguments(dataset_name=path), chat=True)
+
+
+def test_extend_holds_both_responses_once_each():
+    pairs = datasets.Dataset.from_list([as_pair(HH, chat=True) | {"extra": 1}] * 2)
+    rows = extend(pairs)
+    assert rows.column_names == ["prompt", "completion"]
+    assert [row["completion"] for row in rows] == [says("Ten minutes.")] * 2 + [says("No idea.")] * 2
+    assert all(row["prompt"] == TURNS for row in rows)
+
+
+# ---- tasks ------------------------------------------------------------------------------------------------------
+
+
+def test_products_come_with_a_right_and_a_wrong_answer_to_watch():
+    task = load_task(TaskArguments(), seed=3)
+    question, answer = task.questions[0], task.answers[0]
+    assert len(task.questions) == len(task.answers) == 64
+    assert question["prompt"] == answer["prompt"]
+    (reward,) = task.rewards
+    given = [says(answer[name]) for name in ("chosen", "rejected")]
+    assert reward(given, answer=[question["answer"]] * 2) == [1.0, 0.0]
+
+
+def test_math_asks_for_a_boxed_answer_and_watches_the_solution(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "_need", lambda *names: None)
+    row = {"problem": "What is 1+1?", "level": "Level 1", "type": "Algebra", "solution": "It is $\\boxed{2}$."}
+    path = write_jsonl(tmp_path / "math.jsonl", [row])
+    task = load_task(TaskArguments(task="math", dataset_name=path), seed=0)
+    assert task.questions[0]["solution"] == row["solution"]
+    assert "\\boxed{}" in task.questions[0]["prompt"][0]["content"]
+    assert task.answers == [{"prompt": task.questions[0]["prompt"], "completion": row["solution"]}]
+    assert [reward.__name__ for reward in task.rewards] == ["accuracy_reward"]
+
+
+@pytest.mark.parametrize(("task", "package"), [("math", "math-verify"), ("leg_counting", "reasoning-gym")])
+def test_a_missing_package_is_named_with_its_command(task, package, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=rf"{package}: pip install"):
+        load_task(TaskArguments(task=task), seed=0)
+
+
+def test_reasoning_gym_scores_its_own_answers():
+    pytest.importorskip("reasoning_gym")
+    task = load_task(TaskArguments(task="leg_counting", task_size=5), seed=1)
+    (reward,) = task.rewards
+    right = [says(f"I think {row['completion']}") for row in task.answers]
+    assert reward(right, entry=task.questions["entry"][:]) == [1.0] * 5
+    assert max(reward([says("no tags")] * 5, entry=task.questions["entry"][:])) < 1
+    with pytest.raises(ValueError, match="leg_counting"):
+        load_task(TaskArguments(task="no_such_game"), seed=0)
+
+
+def test_math_verify_rewards_equal_answers(tmp_path):
+    pytest.importorskip("math_verify")
+    row = {"problem": "Half?", "solution": "It is $\\boxed{\\frac{1}{2}}$."}
+    task = load_task(TaskArguments(task="math", dataset_name=write_jsonl(tmp_path / "m.jsonl", [row])), seed=0)
+    (reward,) = task.rewards
+    given = [says("So \\boxed{0.5}"), says("So \\boxed{2}")]
+    assert reward(given, solution=[row["solution"]] * 2) == [1.0, 0.0]
