@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pandas as pd
+import torch
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer, RLOOTrainer
 
