@@ -17,6 +17,7 @@ from llm_dynamics.demo.products import letter_reward, product_questions
 from llm_dynamics.demo.reinforcement import QUICK, product_probes
 from llm_dynamics.demo.tiny import build_tiny_model, build_tiny_tokenizer
 from llm_dynamics.influence import RULES
+from llm_dynamics.likelihood.verdicts import _RULES as RULES_OF_VERDICTS
 from llm_dynamics.probes import FAMILY_ORDER
 from llm_dynamics.runlog import load_run, schema
 from llm_dynamics.trainers.nthr.config import METHODS
@@ -28,7 +29,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUNLOG = (ROOT / "docs" / "runlog.md").read_text(encoding="utf-8")
 INFLUENCE = (ROOT / "docs" / "influence.md").read_text(encoding="utf-8")
 PROBES = (ROOT / "docs" / "probes.md").read_text(encoding="utf-8")
+CURVES = (ROOT / "docs" / "curves.md").read_text(encoding="utf-8")
+SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 NTHR = (ROOT / "docs" / "nthr.md").read_text(encoding="utf-8")
+PAGES = (RUNLOG, PROBES, INFLUENCE, NTHR, CURVES, SCALING, EXTENDING)
 TABLES = {"probes": schema.PROBES, **schema.TABLES}
 
 
@@ -86,6 +91,23 @@ def test_the_example_of_the_page_on_nthr_runs(tmp_path, monkeypatch, capsys):
     assert "advantage_before" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_the_examples_of_the_pages_on_curves_and_extending_run(tmp_path, capsys):
+    trainer = build_trainer("dpo", save_tiny_model(tmp_path / "model"), tmp_path / "out", max_steps=2)
+    namespace = {"__name__": "extending", "trainer": trainer, "rows": PREFERENCES}
+    for number, example in enumerate(blocks(EXTENDING, "python test"), start=1):
+        exec(compile(example, f"docs/extending.md, example {number}", "exec"), namespace)
+    assert set(load_run(tmp_path / "out").influence["cause"]) >= {"strong", "weak"}
+    (example,) = blocks(CURVES, "python test")
+    exec(compile(example, "docs/curves.md", "exec"), {"__name__": "curves", "folder": tmp_path / "out"})
+    assert "likelihood displacement" in capsys.readouterr().out
+
+
+def test_the_page_on_curves_names_every_verdict(tmp_path):
+    for name, *_ in RULES_OF_VERDICTS:
+        assert f"*{name}*" in CURVES or name in ("first-order account", "probes and log"), name
+
+
 def test_the_page_on_nthr_names_every_option_and_method():
     for field in set(NTHRConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__):
         assert f"`{field}`" in NTHR, field
@@ -126,7 +148,7 @@ def test_the_readme_explains_every_squeezing_statistic():
 
 
 def test_links_within_the_project_lead_somewhere():
-    for text, folder in ((README, ROOT), *((page, ROOT / "docs") for page in (RUNLOG, PROBES, INFLUENCE, NTHR))):
+    for text, folder in ((README, ROOT), *((page, ROOT / "docs") for page in PAGES)):
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             if "://" not in target:
                 assert (folder / target).exists(), target
