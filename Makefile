@@ -11,6 +11,7 @@ help:
 	@echo "make demo        train and watch SmolLM2-135M-Instruct (SFT, then DPO); writes runs/demo/report.html"
 	@echo "make demo-quick  the same on a tiny built-in model, in under a minute"
 	@echo "make test        all tests"
+	@echo "make models/SmolLM2-135M-Instruct   save that model to a folder, for the recipes"
 	@echo "make lint types  ruff and mypy"
 
 demo: $(VENV)/.demo
@@ -18,6 +19,10 @@ demo: $(VENV)/.demo
 
 demo-quick: $(VENV)/.installed
 	$(BIN)/llm-dynamics demo --quick --output runs/demo-quick
+
+# for recipes/configs/smollm2_135m_*.yaml
+models/SmolLM2-135M-Instruct: | $(VENV)/.demo
+	$(BIN)/python -m llm_dynamics.demo.smollm2 $@
 
 test: $(VENV)/.dev
 	$(BIN)/pytest -n 2 --dist loadfile

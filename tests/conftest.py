@@ -1,6 +1,8 @@
 """Shared fixtures: a tiny tokenizer and tiny models, built in code, offline."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 os.environ.setdefault("CI", "1")
@@ -8,14 +10,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-TRACKIO = tempfile.TemporaryDirectory(prefix="trackio-")  # removed when the tests end
-os.environ["TRACKIO_DIR"] = TRACKIO.name  # which Trackio reads when it is imported
+os.environ["TRACKIO_DIR"] = os.path.join(tempfile.gettempdir(), f"trackio-{os.getpid()}")  # read at its import
 
 import pytest
 import torch
 
 from llm_dynamics.demo.tiny import build_tiny_model, build_tiny_tokenizer
 
+atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 torch.set_num_threads(1)  # models so small lose more to waiting for a second thread than they gain
 
 CORPUS = [

@@ -19,7 +19,7 @@ ALLOWED = {
     "runlog": set(),
     "rollouts": {"likelihood"},
     "influence": {"likelihood", "kernel"},
-    "report": {"runlog"},
+    "report": {"runlog", "likelihood"},
     "callbacks": {"_trl", "probes", "likelihood", "kernel", "influence", "rollouts", "runlog", "report"},
     "cli": {"probes", "kernel", "report", "runlog", "posthoc", "demo"},
     "posthoc": {"probes", "likelihood", "kernel", "runlog", "callbacks"},

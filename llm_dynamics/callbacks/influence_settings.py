@@ -33,7 +33,8 @@ class InfluenceSettings:
             that moved it most is kept; one gradient and one pass over that example per probe token.
         split_by: "sign" of c_l (causes `up`, `down`), "role" (chosen/rejected, correct/wrong, ...) or a labelling.
         history: "total", or "split": momentum is itself split by the labels of the past tokens that filled it, which
-            takes the tap at every step.
+            takes the tap at every step. Checkpoints keep that split; a run resumed from one without it leaves what is
+            older in `momentum`, and its accounts say so.
         compare_gradient: Also measure what the best multiple of -grad explains (`accounts.explained_by_gradient`), at
             one directional derivative.
 

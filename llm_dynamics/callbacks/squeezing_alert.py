@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Literal
 
+import pandas as pd
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_dynamics.callbacks.probe import ProbeCallback
@@ -20,6 +21,9 @@ class SqueezingAlert(TrainerCallback):
 
     When it is found first, one warning goes to the log with the numbers that decide. With `stop_on="squeezing"`
     training stops at the end of that step.
+
+    Attributes:
+        found_at: The step at which it was found first; None before.
 
     Args:
         trainer: A trainer that is watched: `watch(trainer, probes)` comes first.
@@ -55,17 +59,26 @@ class SqueezingAlert(TrainerCallback):
         self.found_at, self._row, self._judged = None, 0, None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Judge an observation that was made at this step."""
+        """Judge an observation that was made at this step, and stop where that is asked for."""
+        if self._judge(state) and self.stop_on == "squeezing":
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Judge the observation of a run that was stopped between two others."""
+        self._judge(state)
+
+    def _judge(self, state: TrainerState) -> bool:
+        """Tell whether the last `patience` observations found it, the last of them at this very step."""
         if self.watcher.observed_step != state.global_step or self._judged == state.global_step:
-            return
+            return False
         self._judged = state.global_step
-        finding = broadcast(self._judge() if state.is_world_process_zero else None)
-        if finding is None:
-            return
-        found, evidence = finding
+        # the main process alone has the log; what it finds must stop all
+        found, evidence = broadcast(self._finding() if state.is_world_process_zero else None) or (False, "")
         self._row = self._row + 1 if found else 0
         if self._row < self.patience:
-            return
+            return False
         if self.found_at is None:
             self.found_at = state.global_step
             if state.is_world_process_zero:
@@ -75,8 +88,11 @@ class SqueezingAlert(TrainerCallback):
                     state.global_step,
                     evidence,
                 )
-        if self.stop_on == "squeezing":
-            control.should_training_stop = True
+        return True
 
-    def _judge(self) -> tuple[bool, str] | None:
-        return is_squeezing(load_run(self.watcher.log_folder, errors="warn").sequences)
+    def _finding(self) -> tuple[bool, str] | None:
+        """Compare the first observation with the last, the only ones read: a long log has hundreds."""
+        run = load_run(self.watcher.log_folder, errors="warn")
+        steps = run.observed_steps
+        parts = [part.to_pandas() for part in run.parts("sequences", sorted({steps[0], steps[-1]}))]
+        return is_squeezing(pd.concat(parts, ignore_index=True)) if len(parts) > 1 else None

@@ -187,8 +187,10 @@ class WatchConfig:
         if "rejected" in records[0]:
             columns["rejected"] = "rejected"
         elif "rejected" in families:
-            logger.warning("the training rows have no 'rejected' column, so that family is not watched")
             families.remove("rejected")
+            if not families:
+                raise ValueError("watch_families is ['rejected'], and the training rows have no 'rejected' column")
+            logger.warning("the training rows have no 'rejected' column, so that family is not watched")
         texts = ["chosen", *(name for name in families if name != "chosen" and FAMILIES[name].needs != "offline")]
         names = [columns.get(name, name) for name in texts]
         complete = [record for record in records if all(record.get(name) for name in names)]
@@ -216,7 +218,7 @@ class WatchConfig:
                     tokenizer=tokenizer,
                     seed=self.watch_seed,
                 )
-        return probes.select(families=families) if families else probes
+        return probes.select(families=families)
 
     def _whole(self, name: str, least: int, allowed: str) -> None:
         value = getattr(self, name)

@@ -82,6 +82,9 @@ _Finding = tuple[bool, str] | str
 def judge(run: RunTables) -> list[Verdict]:
     """Apply every rule to a run.
 
+    A value that is NaN or infinite, or that is missing at one end of the run, decides nothing: the probe is left out,
+    and the evidence says how many were.
+
     Args:
         run: The tables, log-probs in nats.
 
@@ -106,121 +109,143 @@ def is_squeezing(sequences: pd.DataFrame) -> tuple[bool, str] | None:
     rose.
 
     Args:
-        sequences: The sequences table, at least two observations.
+        sequences: The sequences table; only its first and its last observation are compared.
 
     Returns:
         Whether it is found, and the numbers; None where two observations with finite values are missing.
     """
-    moved = _moved(sequences)
-    if moved.empty:
-        return None
-    families = moved.groupby("family")["delta"].mean()
-    along = moved[moved["family"] == "chosen"] if "chosen" in families else moved
-    greedy = float(along["argmax_delta"].mean())
-    pushed = moved[moved["family"] == "rejected"] if "rejected" in families else moved
-    collision = float(pushed["collision_end"].mean() - pushed["collision_start"].mean())
-    fell = int((families < 0).sum())
-    found = greedy > 0 and collision > 0 and fell >= THRESHOLDS["falling_share"] * len(families)
-    evidence = (
-        f"{fell} of {len(families)} families fell; the greedy tokens {greedy:+.2f} nats; collision probability "
-        f"{pushed['collision_start'].mean():.3f} to {pushed['collision_end'].mean():.3f}"
-    )
-    return found, evidence
+    return _squeezed(_moved(sequences))
 
 
 # ---- the rules ------------------------------------------------------------------------------------------------------
 
 
 def _displacement(run: RunTables, moved: pd.DataFrame) -> _Finding:
-    chosen, rejected = (moved[moved["family"] == family] for family in ("chosen", "rejected"))
+    pair = moved[moved["family"].isin(["chosen", "rejected"])]
+    chosen, rejected = (_finite(pair[pair["family"] == family]) for family in ("chosen", "rejected"))
     if chosen.empty or rejected.empty:
-        return "needs the families chosen and rejected at two observations"
-    fell = float((chosen["delta"] < 0).mean())
+        return "needs the families chosen and rejected, finite at two observations"
+    n_fell = int((chosen["delta"] < 0).sum())
     margin = chosen.groupby("prompt_id")["delta"].mean() - rejected.groupby("prompt_id")["delta"].mean()
     margin = margin.dropna()
     if margin.empty:
         return "no prompt has both chosen and rejected"
-    found = fell > THRESHOLDS["displaced_share"] and chosen["delta"].mean() < 0 and margin.mean() > 0
-    return found, (
-        f"chosen {chosen['delta'].mean():+.2f} nats on average, {fell:.0%} of its {len(chosen)} probes below their "
-        f"start; margin over rejected {margin.mean():+.2f} nats"
+    change = chosen["delta"].mean()
+    found = n_fell / len(chosen) > THRESHOLDS["displaced_share"] and change < 0 and margin.mean() > 0
+    return bool(found), (
+        f"chosen {change:+.2f} nats on average, {n_fell} of its {_probes(len(chosen))} below their start; margin over "
+        f"rejected {margin.mean():+.2f} nats{_left_out(pair, pair['delta'].isna())}"
     )
 
 
 def _squeezing(run: RunTables, moved: pd.DataFrame) -> _Finding:
-    return is_squeezing(run.sequences) or "needs two observations"
+    if moved.empty:
+        return "needs two observations"
+    return _squeezed(moved) or "needs finite greedy tokens and collision probabilities at two observations"
+
+
+def _squeezed(moved: pd.DataFrame) -> tuple[bool, str] | None:
+    along, pushed = (moved["family"] == family for family in ("chosen", "rejected"))
+    along, pushed = (rows if rows.any() else ~rows for rows in (along, pushed))
+    greedy = moved.loc[along, "argmax_delta"].dropna()
+    ends = moved.loc[pushed, ["collision_start", "collision_end"]].dropna()
+    families = moved.groupby("family")["delta"].mean().dropna()
+    if families.empty or greedy.empty or ends.empty:
+        return None
+    fell = int((families < 0).sum())
+    before, after = ends["collision_start"].mean(), ends["collision_end"].mean()
+    found = greedy.mean() > 0 and after > before and fell / len(families) >= THRESHOLDS["falling_share"]
+    missing = moved["delta"].isna() | (along & moved["argmax_delta"].isna())
+    missing |= pushed & moved[["collision_start", "collision_end"]].isna().any(axis=1)
+    return bool(found), (
+        f"{fell} of {len(families)} families fell; the greedy tokens {greedy.mean():+.2f} nats; collision probability "
+        f"{before:.3g} to {after:.3g}{_left_out(moved, missing)}"
+    )
 
 
 def _valley(run: RunTables, moved: pd.DataFrame) -> _Finding:
-    if "DPO" not in str(run.meta.get("trainer", "")) and "CPO" not in str(run.meta.get("trainer", "")):
+    if not any(name in str(run.meta.get("trainer", "")) for name in _PREFERENCE):
         return "asked of preference training only"
-    first = run.sequences[run.sequences["step"] == run.sequences["step"].min()]
-    rejected = first[first["family"] == "rejected"]
-    rejected = rejected[np.isfinite(rejected["logp_sum"])]
-    if rejected.empty:
-        return "needs the family rejected"
-    p = math.exp(float((rejected["logp_sum"] / rejected["n_tokens"]).mean()))
-    return p < THRESHOLDS[
-        "valley_p"
-    ], f"rejected starts at {p:.3f} per token (geometric mean over {len(rejected)} probes)"
+    rejected = run.sequences[run.sequences["family"] == "rejected"]
+    rejected = rejected[rejected["step"] == run.sequences["step"].min()]
+    rate = _divided(rejected["logp_sum"], rejected["n_tokens"])
+    if not rate.notna().any():
+        return "needs the family rejected, finite at the first observation"
+    p = math.exp(rate.mean())
+    return p < THRESHOLDS["valley_p"], (
+        f"rejected starts at {p:.3g} per token (geometric mean over {_probes(rate.count())})"
+        f"{_left_out(rejected, rate.isna(), 'not finite')}"
+    )
 
 
 def _transfer(run: RunTables, moved: pd.DataFrame) -> _Finding:
     if "SFT" not in str(run.meta.get("trainer", "")):
         return "asked of SFT only"
-    rates = {
-        family: float((rows["delta"] / rows["n_tokens"]).mean())
-        for family, rows in moved.groupby("family")
-        if family in ("chosen", "other_train")
-    }
-    if len(rates) < 2:
-        return "needs the families chosen and other_train at two observations"
-    found = rates["chosen"] > 0 and rates["other_train"] > THRESHOLDS["transfer_share"] * rates["chosen"]
-    return found, f"other_train {rates['other_train']:+.3f} nats per token, chosen {rates['chosen']:+.3f}"
+    pair = moved[moved["family"].isin(["chosen", "other_train"])]
+    rate = _divided(pair["delta"], pair["n_tokens"])
+    means = rate.groupby(pair["family"]).mean().dropna()
+    if len(means) < 2:
+        return "needs the families chosen and other_train, finite at two observations"
+    found = means["chosen"] > 0 and means["other_train"] > THRESHOLDS["transfer_share"] * means["chosen"]
+    return bool(found), (
+        f"other_train {means['other_train']:+.3f} nats per token, chosen {means['chosen']:+.3f}"
+        f"{_left_out(pair, rate.isna())}"
+    )
 
 
 def _lazy(run: RunTables, moved: pd.DataFrame) -> _Finding:
     frame = run.displacements
     if frame.empty:
         return "needs watch(..., displacement=True) on a GRPO or RLOO trainer"
-    change = frame["logp_after"] - frame["logp_before"]
-    delta = change.groupby([frame["step"], frame["question"]]).mean()
-    lazy = float((delta <= 0).mean())
-    return lazy > THRESHOLDS["lazy_share"], (
-        f"correct answers did not rise in {lazy:.0%} of {len(delta)} mixed questions; Delta {delta.mean():+.3f} nats"
+    change = _numbers(frame["logp_after"]) - _numbers(frame["logp_before"])
+    delta = change.groupby([frame["step"], frame["question"]]).mean().dropna()
+    if delta.empty:
+        return "no correct answer has finite log-probs before and after its step"
+    n_lazy, missing = int((delta <= 0).sum()), int(change.isna().sum())
+    left_out = f"; left out: {missing} of {len(frame)} correct answers (not finite)" if missing else ""
+    return n_lazy / len(delta) > THRESHOLDS["lazy_share"], (
+        f"correct answers did not rise in {n_lazy} of {len(delta)} mixed questions; Delta {delta.mean():+.3f} nats"
+        f"{left_out}"
     )
 
 
 def _explained(run: RunTables, moved: pd.DataFrame) -> _Finding:
-    accounts = run.accounts
+    accounts = run.accounts[run.accounts["explained"].notna()]
+    missing = len(run.accounts) - len(accounts)
     if accounts.empty:
-        return "needs watch(..., influence=True)"
-    low = accounts[accounts["explained"] < THRESHOLDS["explained"]]
-    worst = accounts.sort_values("explained", na_position="first").to_dict("records")[0]
-    return not low.empty, (
-        f"{len(low)} of {len(accounts)} explained steps below; lowest {worst['explained']:.4f} at step {worst['step']} "
-        f"(learning rate {worst['learning_rate']:.2g}, rule {worst['rule']})"
+        return f"no finite account in {missing} explained steps" if missing else "needs watch(..., influence=True)"
+    n_low = int((accounts["explained"] < THRESHOLDS["explained"]).sum())
+    worst = accounts.sort_values("explained").to_dict("records")[0]
+    left_out = f"; left out: {missing} of {len(run.accounts)} explained steps (not finite)" if missing else ""
+    return n_low > 0, (
+        f"{n_low} of {len(accounts)} explained steps below; lowest {worst['explained']:.4f} at step {worst['step']} "
+        f"(learning rate {worst['learning_rate']:.2g}, rule {worst['rule']}){left_out}"
     )
 
 
 def _log_problems(run: RunTables, moved: pd.DataFrame) -> _Finding:
     sequences, probes = run.sequences, run.probes
     problems = []
-    broken = int(sequences.loc[sequences["n_nonfinite"] > 0, "probe_id"].nunique()) if len(sequences) else 0
+    bad = (_numbers(sequences["n_nonfinite"]) > 0) | _numbers(sequences["logp_sum"]).isna()
+    broken = sequences.loc[bad, "probe_id"].nunique()
     if broken:
-        problems.append(f"{broken} probes have NaN or infinite tokens")
-    cut = float((probes["n_cut"].fillna(0) > 0).mean()) if len(probes) else 0.0
-    if cut > THRESHOLDS["truncated_share"]:
-        problems.append(f"{cut:.0%} of the probes are truncated")
+        problems.append(f"{_probes(broken)} with NaN or infinite tokens")
+    cut = int((_numbers(probes["n_cut"]) > 0).sum())
+    if len(probes) and cut / len(probes) > THRESHOLDS["truncated_share"]:
+        problems.append(f"{cut} of {_probes(len(probes))} truncated")
     counts = probes["family"].value_counts()
     few = counts[counts < THRESHOLDS["fewest_probes"]]
     if len(few):
-        problems.append(f"{len(few)} of {len(counts)} families have fewer than {THRESHOLDS['fewest_probes']} probes")
+        fewest = f"fewer than {THRESHOLDS['fewest_probes']:g} probes"
+        problems.append(f"{len(few)} of {len(counts)} families with {fewest} ({', '.join(map(str, few.index))})")
     steps = sequences["step"].nunique()
     if steps < 2:
-        problems.append(f"{steps} observation: nothing to compare")
-    return bool(problems), "; ".join(problems) or f"{len(probes)} probes, {steps} observations, all finite"
+        problems.append(f"{'one' if steps else 'no'} observation: nothing to compare")
+    return bool(problems), "; ".join(problems) or f"{_probes(len(probes))}, {steps} observations, all finite"
 
+
+_PREFERENCE = ("DPO", "CPO", "KTO", "ORPO", "BCO", "XPO")
+"""What the names of trainers that push rejected responses down contain."""
 
 _RULES: tuple[tuple[str, str, Callable[[RunTables, pd.DataFrame], _Finding], str, str], ...] = (
     (
@@ -283,16 +308,55 @@ _RULES: tuple[tuple[str, str, Callable[[RunTables, pd.DataFrame], _Finding], str
 
 
 def _moved(sequences: pd.DataFrame) -> pd.DataFrame:
-    """Return the change of every probe from the first to the last observation, where it is finite."""
+    """Return every probe with its change from the first to the last observation.
+
+    Args:
+        sequences: The sequences table.
+
+    Returns:
+        One row per probe with `prompt_id`, `family`, `n_tokens`; `delta` and `argmax_delta` (nats, of sums over the
+        response), `collision_start` and `collision_end` (means over tokens). NaN where an end is missing or not finite.
+        Empty where there are fewer than two observations.
+    """
+    names, values = ["prompt_id", "family", "n_tokens"], ["logp_sum", "argmax_logp_sum", "collision_sum"]
     steps = sequences["step"]
-    if steps.nunique() < 2:
-        return pd.DataFrame(columns=["family", "prompt_id", "delta"])
-    keep = ["probe_id", "prompt_id", "family", "n_tokens", "logp_sum", "argmax_logp_sum", "collision_sum"]
-    start = sequences.loc[steps == steps.min(), keep].set_index("probe_id")
-    end = sequences.loc[steps == steps.max(), keep].set_index("probe_id")
-    frame = start.join(end[["logp_sum", "argmax_logp_sum", "collision_sum"]], rsuffix="_end", how="inner")
-    frame["delta"] = frame["logp_sum_end"] - frame["logp_sum"]
-    frame["argmax_delta"] = frame["argmax_logp_sum_end"] - frame["argmax_logp_sum"]
-    frame["collision_start"] = frame["collision_sum"] / frame["n_tokens"]
-    frame["collision_end"] = frame["collision_sum_end"] / frame["n_tokens"]
-    return frame[np.isfinite(frame["delta"])].reset_index()
+    compared = steps.nunique() > 1
+    frame = sequences[sequences["step"].notna() & compared].drop_duplicates("probe_id").set_index("probe_id")[names]
+    ends = []
+    for step in (steps.min(), steps.max()):
+        end = sequences[steps == step].drop_duplicates("probe_id").set_index("probe_id")[values]
+        ends.append(end.apply(_numbers).reindex(frame.index))
+    start, last = ends
+    frame["delta"] = last["logp_sum"] - start["logp_sum"]
+    frame["argmax_delta"] = last["argmax_logp_sum"] - start["argmax_logp_sum"]
+    frame["collision_start"] = _divided(start["collision_sum"], frame["n_tokens"])
+    frame["collision_end"] = _divided(last["collision_sum"], frame["n_tokens"])
+    return frame
+
+
+def _numbers(values: pd.Series) -> pd.Series:
+    """Return values as floats, NaN where they are not finite."""
+    numbers = values.astype(float)
+    return numbers.where(np.isfinite(numbers))
+
+
+def _divided(values: pd.Series, by: pd.Series) -> pd.Series:
+    return _numbers(_numbers(values) / _numbers(by))
+
+
+def _finite(moved: pd.DataFrame) -> pd.DataFrame:
+    return moved[moved["delta"].notna()]
+
+
+def _probes(count: int) -> str:
+    return f"{count} probe{'' if count == 1 else 's'}"
+
+
+def _left_out(rows: pd.DataFrame, missing: pd.Series, why: str = "not finite, or not seen at both ends") -> str:
+    """Say how many probes of which family a rule had to leave out; nothing where it had all of them."""
+    if not missing.any():
+        return ""
+    totals = rows["family"].value_counts()
+    counts = rows.loc[missing, "family"].value_counts(sort=False)
+    named = ", ".join(f"{count} of {totals[family]} {family}" for family, count in counts.items())
+    return f"; left out: {named} ({why})"

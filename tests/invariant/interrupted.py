@@ -12,7 +12,6 @@ from tests.callbacks.explained import CHOSEN, short_probes
 from tests.trainers.runs import build as build_grpo
 from tests.training import build_trainer, make_probes
 
-
 SAVED = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 5}
 
 

@@ -106,7 +106,7 @@ def test_grpo_and_nthr_measure_displacement_of_the_same_questions(workspace):
     assert len(grpo.displacements)
     assert len(nthr.displacements)
     assert "score" in nthr.nthr_tokens
-    first = [run.rollouts.query("step == 0")["completion"].tolist() for run in (grpo, nthr)]
+    first = [run.rollouts.query("step == 1")["completion"].tolist() for run in (grpo, nthr)]
     assert first[0]
     assert first[0] == first[1]
 

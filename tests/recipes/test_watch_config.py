@@ -141,6 +141,8 @@ def test_completions_are_watched_without_rejected_with_a_word(tokenizer, caplog)
     probes = WatchConfig(watch_prompts=3).build_probes(rows, tokenizer)
     assert set(probes.families) == {"chosen", "other_train", "ungrammatical"}
     assert "no 'rejected' column" in caplog.text
+    with pytest.raises(ValueError, match="no 'rejected' column"):
+        WatchConfig(watch_families=["rejected"]).build_probes(rows, tokenizer)
 
 
 def test_a_family_that_the_rows_lack_is_an_error(tokenizer):

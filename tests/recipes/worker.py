@@ -38,7 +38,7 @@ def main(workspace):
 
     run(sft, "sft", "sft", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2")
     run(extend_sft, "extend", "extend", "--eval_strategy", "steps", "--eval_steps", "2", "--watch_families", *FAMILIES)
-    run(dpo, "dpo", "dpo", "--watch_influence_every", "1", start="sft")
+    run(dpo, "dpo", "dpo", "--watch_influence", "--watch_influence_every", "1", start="sft")
     run(dpo, "extend_dpo", "dpo", "--loss_type", "sigmoid", "sft", "--loss_weights", "1.0", "0.5", start="extend")
     run(sft, "sft", "sft", "--max_steps", "3", "--resume_from_checkpoint", str(workspace / "sft" / "checkpoint-2"))
     run(kto, "kto", "kto", "--watch_every", "0")

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import re
 
 import pytest
@@ -9,11 +10,12 @@ from trl import GRPOTrainer
 
 from llm_dynamics import load_run, watch
 from llm_dynamics.report import model_card_section, what_moved
-from llm_dynamics.runlog import schema
+from llm_dynamics.runlog import RunLogWriter, schema
 from llm_dynamics.trainers.nthr import NTHRGRPOTrainer
 from llm_dynamics.trainers.nthr.config import METHODS as NTHR_METHODS
 from llm_dynamics.trainers.nthr.model_card import METHODS
 from tests.callbacks.explained import short_probes
+from tests.report.synthetic import write_values
 from tests.trainers.runs import Script, build
 from tests.training import build_trainer, save_tiny_model
 
@@ -44,8 +46,8 @@ def test_the_trainer_describes_its_paper_as_trls_do():
             assert f"arXiv:{paper['id']}" in paper["citation"]
 
 
-def test_the_card_names_the_method_and_its_citation(watched, tmp_path):
-    trainer, folder, card = watched
+def test_the_card_names_the_method_and_its_citation(watched):
+    card = watched[2]
     assert "trained with NTHR, a method introduced in" in card
     assert "https://huggingface.co/papers/2505.18830" in card
     assert "@article{deng2025effect," in card
@@ -84,6 +86,9 @@ def test_the_card_tells_what_moved_and_points_to_the_log(watched):
     assert len(by_step) == 4
     (said,) = re.findall(r"by (\S+) nats on average", section)
     assert float(said.replace("−", "-")) == pytest.approx(sum(by_step) / 4, abs=0.006)
+    deltas = run.displacements.assign(delta=run.displacements["logp_after"] - run.displacements["logp_before"])
+    by_question = deltas.groupby(["step", "question"])["delta"].mean()
+    assert f"in {(by_question > 0).sum()} of {len(by_question)} questions" in section
 
 
 def test_a_card_of_a_log_that_cannot_be_read_is_trls(tmp_path, caplog):
@@ -96,6 +101,24 @@ def test_a_card_of_a_log_that_cannot_be_read_is_trls(tmp_path, caplog):
     trainer.create_model_card()
     assert "Learning dynamics" not in card_of(tmp_path)
     assert "schema version 99" in caplog.text
+
+
+def test_text_in_a_section_is_shown_and_does_not_act(tmp_path):
+    hostile = "a|b<img src=x>*_c_"
+    run = write_values(tmp_path / "dynamics", {f"{hostile}-1": [-5.0, -4.0, -3.0], "chosen-1": [-2.0, -1.0, math.nan]})
+    section = model_card_section(run)
+    assert "<img" not in section
+    assert "a&#124;b&#60;img src=x&#62;" in section
+    assert "not finite: 1 of chosen." in section
+    (row,) = (line for line in section.splitlines() if line.startswith("| chosen"))
+    assert row.split(" | ")[2:] == ["–", "–", "–", "– |"]
+
+
+def test_a_log_without_observations_says_so(tmp_path):
+    writer = RunLogWriter(tmp_path / "dynamics")
+    writer.start(schema.PROBES.empty_table().to_pandas(), {})
+    section = model_card_section(load_run(tmp_path))
+    assert "Nothing was observed in this run. The run log is `dynamics/`" in section
 
 
 def test_the_section_is_there_for_other_trainers(tmp_path):

@@ -1,0 +1,156 @@
+r"""Data of the recipes: preference pairs and questions, by a short name, a hub id, a local folder or a local file.
+
+| `--dataset_name` | what |
+|---|---|
+| `polite_pairs` | the package's own 112 short pairs; needs no network |
+| `hh_helpful_base` | `Anthropic/hh-rlhf`, data_dir `helpful-base`: transcripts, split at the last "Assistant:" |
+| `ultrafeedback` | `trl-lib/ultrafeedback_binarized` |
+| `math` | `DigitalLearningGmbH/MATH-lighteval`: `problem`, `solution` (`--task math` of grpo.py) |
+| a hub id, or a folder laid out like one | `--dataset_config` names the configuration (of a folder: the subfolder) |
+| a .jsonl, .json, .parquet or .csv file | its rows are the split `train` |
+
+Pairs may be plain or conversational, with a prompt column or the prompt inside both responses. Models without a chat
+template get plain text in the form of HH's transcripts ("\n\nHuman: ... \n\nAssistant:"), all others chat messages.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from transformers import AutoTokenizer
+from trl import ModelConfig, ScriptArguments, extract_prompt
+
+from llm_dynamics.demo.preferences import load_preferences
+
+logger = logging.getLogger(__name__)
+
+PAIR = ("prompt", "chosen", "rejected")
+SOURCES: dict[str, dict[str, str]] = {
+    "hh_helpful_base": {"path": "Anthropic/hh-rlhf", "data_dir": "helpful-base"},
+    "ultrafeedback": {"path": "trl-lib/ultrafeedback_binarized"},
+    "math": {"path": "DigitalLearningGmbH/MATH-lighteval"},
+}
+FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+ROLES = {"user": HUMAN, "assistant": ASSISTANT}
+
+
+def uses_chat(model_args: ModelConfig, training_args: Any) -> bool:
+    """Tell whether the model is trained on chat messages: it has a chat template, or SFT gives it one."""
+    if getattr(training_args, "chat_template_path", None):
+        return True
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+    return tokenizer.chat_template is not None
+
+
+def load_pairs(args: ScriptArguments, *, chat: bool, held_out: bool = False) -> Dataset:
+    """Load preference pairs in TRL's explicit form.
+
+    Args:
+        args: `dataset_name`, `dataset_config` and the splits are used.
+        chat: Whether the model reads chat messages, see `uses_chat`.
+        held_out: Load the test split.
+
+    Returns:
+        Rows of `prompt`, `chosen`, `rejected`, and the other columns of the source. What is not one prompt with two
+        answers is left out and counted in a warning.
+
+    Raises:
+        ValueError: If no row is a pair, or the source cannot be named.
+    """
+    split = args.dataset_test_split if held_out else args.dataset_train_split
+    rows = load_preferences(split) if args.dataset_name == "polite_pairs" else load_rows(args, split)
+    pairs = [pair for row in rows if (pair := as_pair(row, chat=chat)) is not None]
+    if len(pairs) < len(rows):
+        logger.warning("%d of %d rows are not one prompt with two answers; left out", len(rows) - len(pairs), len(rows))
+    if not pairs:
+        raise ValueError(f"{args.dataset_name}: no row is a preference pair; columns seen: {list(rows[0])}")
+    return Dataset.from_list(pairs)
+
+
+def load_rows(args: ScriptArguments, split: str) -> Dataset:
+    """Load a split of what `dataset_name` names, as it is.
+
+    Raises:
+        ValueError: For no name, streaming, or another split than train of a single file.
+    """
+    name, config = args.dataset_name, args.dataset_config
+    if name is None:
+        raise ValueError(f"dataset_name is not given; allowed: polite_pairs, {', '.join(SOURCES)}, a hub id or a path")
+    if args.dataset_streaming:
+        raise ValueError("dataset_streaming is True; probes are drawn from all rows, so load the whole split")
+    if name in SOURCES:
+        return load_dataset(**SOURCES[name], name=config, split=split)
+    path = Path(name)
+    if path.is_file():
+        if not split.startswith("train"):
+            raise ValueError(f"{name} is one file, which is the split train; for {split!r} give a folder with both")
+        return load_dataset(FILE_TYPES[path.suffix], data_files={"train": str(path)}, split=split)
+    if path.is_dir():
+        return load_dataset(str(path), data_dir=config, split=split)
+    return load_dataset(name, name=config, split=split)
+
+
+def as_pair(row: Mapping[str, Any], *, chat: bool) -> dict[str, Any] | None:
+    """Return a row with an explicit prompt and two answers to it, or None where it is not that."""
+    pair = {name: row.get(name) for name in PAIR}
+    if not pair["chosen"] or not pair["rejected"]:
+        return None
+    if isinstance(pair["chosen"], str) and pair["prompt"] is None and HUMAN in pair["chosen"]:
+        pair = split_transcripts(pair["chosen"], pair["rejected"])
+    elif pair["prompt"] is None or (isinstance(pair["prompt"], str) and not isinstance(pair["chosen"], str)):
+        one_answer = isinstance(pair["prompt"], str) and len(pair["chosen"]) == 1
+        if one_answer:
+            pair["prompt"] = [{"role": "user", "content": pair["prompt"]}]
+        else:  # the prompt is inside both
+            pair = extract_prompt({"chosen": pair["chosen"], "rejected": pair["rejected"]})
+    if pair is None or not pair["prompt"]:
+        return None
+    if chat and isinstance(pair["prompt"], str) and pair["prompt"].startswith(HUMAN):
+        pair = {"prompt": read_transcript(pair["prompt"])} | {
+            name: [{"role": "assistant", "content": pair[name].strip()}] for name in PAIR[1:]
+        }
+    for name in PAIR[1:]:
+        if not isinstance(pair[name], str) and (len(pair[name]) != 1 or pair[name][0]["role"] != "assistant"):
+            return None
+        text = pair[name] if isinstance(pair[name], str) else pair[name][0]["content"]
+        if not text.strip():
+            return None
+        if not chat and not isinstance(pair[name], str):
+            pair[name] = f" {text.strip()}"
+    if not chat and not isinstance(pair["prompt"], str):
+        pair["prompt"] = write_transcript(pair["prompt"])
+    return {**row, **pair}
+
+
+def split_transcripts(chosen: str, rejected: str) -> dict[str, str] | None:
+    """Split two HH transcripts after their last "Assistant:"; None where they differ before it."""
+    end = chosen.rfind(ASSISTANT) + len(ASSISTANT)
+    prompt = chosen[:end]
+    if end < len(ASSISTANT) or rejected[: rejected.rfind(ASSISTANT) + len(ASSISTANT)] != prompt:
+        return None
+    return {"prompt": prompt, "chosen": chosen[end:], "rejected": rejected[end:]}
+
+
+def read_transcript(prompt: str) -> list[dict[str, str]]:
+    """Return the turns of a transcript that ends in "Assistant:" as chat messages."""
+    parts = re.split(f"({HUMAN}|{ASSISTANT})", prompt)[1:-2]  # marker, text, marker, text ...
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": "user" if mark == HUMAN else "assistant", "content": text.strip()} for mark, text in turns]
+
+
+def write_transcript(messages: list[dict[str, str]]) -> str:
+    """Return chat messages as a transcript that ends in "Assistant:"; a system message stands before it."""
+    turns = [
+        f"{ROLES[turn['role']]} {turn['content']}" if turn["role"] in ROLES else turn["content"] for turn in messages
+    ]
+    return "".join(turns) + ASSISTANT

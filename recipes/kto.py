@@ -1,0 +1,68 @@
+r"""KTO on the responses of preference pairs, each alone with its label, watched.
+
+On a CPU, in minutes (once: make models/SmolLM2-135M-Instruct):
+
+    python recipes/kto.py --config recipes/configs/smollm2_135m_kto.yaml
+
+On several GPUs, without a YAML:
+
+    accelerate launch --config_file recipes/accelerate_configs/ddp.yaml --num_processes 8 recipes/kto.py \
+        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name ultrafeedback --output_dir runs/qwen_kto \
+        --learning_rate 1e-6 --per_device_train_batch_size 4 --max_steps 500
+
+Resume an interrupted run, its log included:
+
+    python recipes/kto.py --config recipes/configs/smollm2_135m_kto.yaml \
+        --resume_from_checkpoint runs/smollm2_135m/kto/checkpoint-12
+
+Flags are TRL's (`KTOConfig`, `ModelConfig`, `ScriptArguments`) and `--watch_*`; those on the command line win over the
+YAML. The data are pairs, as for dpo.py; TRL turns each into two rows, labelled desirable and undesirable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from common import set_model_arguments, train_and_save
+from data import PAIR, load_pairs, uses_chat
+from trl import (
+    KTOConfig,
+    KTOTrainer,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+    unpair_preference_dataset,
+)
+
+from llm_dynamics import WatchConfig
+
+
+def make_parser() -> TrlParser:
+    """Return the parser of the command line and of the YAML files."""
+    return TrlParser((ScriptArguments, KTOConfig, ModelConfig, WatchConfig))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train as the command line says."""
+    script_args, training_args, model_args, watch_args = make_parser().parse_args_and_config(arguments)
+    set_model_arguments(model_args, training_args)
+    chat = uses_chat(model_args, training_args)
+    pairs = load_pairs(script_args, chat=chat)
+    held_out = load_pairs(script_args, chat=chat, held_out=True) if training_args.eval_strategy != "no" else None
+
+    trainer = KTOTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=unpair_preference_dataset(pairs.select_columns(list(PAIR))),
+        eval_dataset=unpair_preference_dataset(held_out.select_columns(list(PAIR))) if held_out is not None else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    watch_args.attach(trainer, pairs, trainer.processing_class, held_out=held_out)
+    train_and_save(trainer, script_args, training_args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+r"""SFT on the chosen responses of preference pairs, watched by probes of both responses.
+
+On a CPU, in minutes (once: make models/SmolLM2-135M-Instruct):
+
+    python recipes/sft.py --config recipes/configs/smollm2_135m_sft.yaml
+
+On several GPUs:
+
+    accelerate launch --config_file recipes/accelerate_configs/ddp.yaml --num_processes 8 \
+        recipes/sft.py --config recipes/configs/qwen2.5_0.5b_sft.yaml
+
+Resume an interrupted run, its log included (a checkpoint is written every `save_steps`):
+
+    python recipes/sft.py --config recipes/configs/smollm2_135m_sft.yaml \
+        --resume_from_checkpoint runs/smollm2_135m/sft/checkpoint-12
+
+Flags are TRL's (`SFTConfig`, `ModelConfig`, `ScriptArguments`) and `--watch_*`; those on the command line win over the
+YAML. `--help` lists all, `--watch_every 0` turns watching off, `--report_to trackio` opens a dashboard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from common import set_model_arguments, train_and_save
+from data import load_pairs, uses_chat
+from datasets import Dataset
+from trl import (
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from llm_dynamics import WatchConfig
+
+
+def make_parser() -> TrlParser:
+    """Return the parser of the command line and of the YAML files."""
+    return TrlParser((ScriptArguments, SFTConfig, ModelConfig, WatchConfig))
+
+
+def chosen_only(pairs: Dataset) -> Dataset:
+    """Return the prompt-completion rows that SFT takes: the chosen responses."""
+    return pairs.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train as the command line says."""
+    script_args, training_args, model_args, watch_args = make_parser().parse_args_and_config(arguments)
+    set_model_arguments(model_args, training_args)
+    chat = uses_chat(model_args, training_args)
+    pairs = load_pairs(script_args, chat=chat)
+    held_out = load_pairs(script_args, chat=chat, held_out=True) if training_args.eval_strategy != "no" else None
+
+    trainer = SFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=chosen_only(pairs),
+        eval_dataset=chosen_only(held_out) if held_out is not None else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    watch_args.attach(trainer, pairs, trainer.processing_class, held_out=held_out)
+    train_and_save(trainer, script_args, training_args)
+
+
+if __name__ == "__main__":
+    main()
