@@ -98,7 +98,8 @@ def _reasoning_gym(args: TaskArguments, seed: int) -> Task:
 
     rows = [{"prompt": _ask(entry["question"] + TAGGED), "entry": number} for number, entry in enumerate(entries)]
     answers = [
-        {"prompt": row["prompt"], "completion": f"<answer>{entries[row['entry']]['answer']}</answer>"} for row in rows
+        {"prompt": row["prompt"], "completion": f"The answer is <answer>{entries[row['entry']]['answer']}</answer>."}
+        for row in rows
     ]
     return Task(Dataset.from_list(rows), [gym_reward], answers)
 

@@ -1,7 +1,10 @@
 """The direction of imports, as architecture.md states it: read from the source, so that nothing needs to be loaded."""
 
 import ast
+import subprocess
+import sys
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -104,6 +107,39 @@ def test_the_report_loads_no_model():
     for file in (ROOT / "report").rglob("*.py"):
         loaded = {name.split(".")[0] for name in imported(file)}
         assert not loaded & {"torch", "transformers", "trl", "peft", "accelerate", "datasets"}, name_of(file)
+
+
+def test_of_likelihood_the_report_imports_the_verdicts_alone():
+    for file in (ROOT / "report").rglob("*.py"):
+        used = {name for name in imported(file) if name.startswith("llm_dynamics.likelihood")}
+        assert all(name.startswith("llm_dynamics.likelihood.verdicts") for name in used), name_of(file)
+    libraries = {name.split(".")[0] for name in imported(ROOT / "likelihood" / "verdicts.py")}
+    assert not libraries & {"llm_dynamics", "torch", "transformers", "trl", "peft", "accelerate", "datasets"}
+
+
+def test_reading_and_judging_a_log_loads_neither_torch_nor_trl():
+    script = """
+import sys
+import llm_dynamics.report, llm_dynamics.runlog
+from llm_dynamics.likelihood import Verdict, judge
+from llm_dynamics.likelihood.verdicts import is_squeezing
+print(sorted({"torch", "transformers", "trl", "peft", "accelerate", "datasets"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT.parent)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("part", ["", "likelihood"])
+def test_a_lazy_face_names_what_type_checkers_see(part):
+    face = llm_dynamics if not part else import_module(f"llm_dynamics.{part}")
+    assert all(hasattr(face, name) for name in face.__all__)
+    assert dir(face) == face.__all__
+    tree = tree_of(ROOT / part / "__init__.py")
+    checked = next(node for node in tree.body if isinstance(node, ast.If))
+    names = {alias.name for node in checked.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert names == set(face.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = face.nothing
 
 
 def test_the_touchpoints_are_imported_by_callbacks_and_trainers_alone():

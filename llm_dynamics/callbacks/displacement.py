@@ -15,7 +15,7 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from llm_dynamics import _trl
 from llm_dynamics.callbacks.metrics import finite_only
-from llm_dynamics.callbacks.probe import ProbeCallback
+from llm_dynamics.callbacks.probe import ProbeCallback, watcher_of
 from llm_dynamics.callbacks.refusals import refuse_unscorable
 from llm_dynamics.callbacks.sharding import broadcast, gather_frames
 from llm_dynamics.likelihood import (
@@ -162,8 +162,7 @@ class DisplacementCallback(TrainerCallback):
 
     @property
     def _watcher(self) -> ProbeCallback | None:
-        callbacks = self.trainer.callback_handler.callbacks
-        return next((callback for callback in callbacks if isinstance(callback, ProbeCallback)), None)
+        return watcher_of(self.trainer)
 
     def _count(self, begun: float) -> None:
         watcher = self._watcher

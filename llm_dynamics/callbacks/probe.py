@@ -327,3 +327,9 @@ class ProbeCallback(TrainerCallback):
         return tqdm(
             total=total, desc=f"Observing probes at step {state.global_step}", leave=False, disable=hidden, delay=2
         )
+
+
+def watcher_of(trainer: Trainer) -> ProbeCallback | None:
+    """Return the callback that keeps the trainer's run log, the first where there are several; None without one."""
+    callbacks = trainer.callback_handler.callbacks
+    return next((callback for callback in callbacks if isinstance(callback, ProbeCallback)), None)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pandas as pd
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llm_dynamics.callbacks.probe import ProbeCallback
+from llm_dynamics.callbacks.probe import watcher_of
 from llm_dynamics.callbacks.sharding import broadcast
 from llm_dynamics.likelihood.verdicts import is_squeezing
 from llm_dynamics.runlog import load_run
@@ -38,14 +38,14 @@ class SqueezingAlert(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, *, stop_on: Literal["squeezing"] | None = None, patience: int = 1) -> None:
-        watchers = [other for other in trainer.callback_handler.callbacks if isinstance(other, ProbeCallback)]
-        if not watchers:
+        watcher = watcher_of(trainer)
+        if watcher is None:
             raise ValueError("the trainer is not watched: call watch(trainer, probes) before adding SqueezingAlert")
         if stop_on not in (None, "squeezing"):
             raise ValueError(f'stop_on is {stop_on!r}; allowed: "squeezing", None')
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
             raise ValueError(f"patience is {patience!r}; give 1, 2, ... observations")
-        self.watcher = watchers[0]
+        self.watcher = watcher
         self.stop_on = stop_on
         self.patience = patience
         self.found_at: int | None = None

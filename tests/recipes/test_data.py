@@ -10,6 +10,8 @@ from extend_sft import extend
 from tasks import TaskArguments, load_task
 from trl import ScriptArguments
 
+from llm_dynamics import WatchConfig
+
 ASKED = "\n\nHuman: How do I boil an egg?\n\nAssistant: Soft or hard?\n\nHuman: Hard. \n\nAssistant:"
 HH = {"chosen": f"{ASKED} Ten minutes.", "rejected": f"{ASKED} No idea."}
 TURNS = [
@@ -193,8 +195,9 @@ def test_reasoning_gym_scores_its_own_answers():
     pytest.importorskip("reasoning_gym")
     task = load_task(TaskArguments(task="leg_counting", task_size=5), seed=1)
     (reward,) = task.rewards
-    right = [says(f"I think {row['completion']}") for row in task.answers]
+    right = [says(row["completion"]) for row in task.answers]
     assert reward(right, entry=task.questions["entry"][:]) == [1.0] * 5
+    assert WatchConfig(watch_prompts=3).build_probes(task.answers, None).families[-1] == "ungrammatical"
     assert max(reward([says("no tags")] * 5, entry=task.questions["entry"][:])) < 1
     with pytest.raises(ValueError, match="leg_counting"):
         load_task(TaskArguments(task="no_such_game"), seed=0)

@@ -13,7 +13,10 @@ from llm_dynamics.runlog import load_runs
 
 from .synthetic import DPO_DELTA, HOSTILE, write_run, write_values
 
-QUESTIONS = ["What moved?", "Where did the mass go?", "Which tokens?", "What does it say?", "How was it measured?"]
+QUESTIONS = [
+    "What moved?", "Is it normal?", "Where did the mass go?", "Which tokens?", "What does it say?",
+    "How was it measured?",
+]  # fmt: skip
 
 
 class Outline(HTMLParser):
@@ -160,5 +163,5 @@ def test_report_loads_no_model_library():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             assert not {name.split(".")[0] for name in names} & {"torch", "transformers", "trl", "peft"}
-            ours = {name.split(".")[1] for name in names if name.startswith("llm_dynamics.")}
-            assert ours <= {"report", "runlog"}
+            ours = {name for name in names if name.startswith("llm_dynamics.")} - {"llm_dynamics.likelihood.verdicts"}
+            assert {name.split(".")[1] for name in ours} <= {"report", "runlog"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import pytest
 from transformers import HfArgumentParser
@@ -223,3 +224,13 @@ def test_settings_survive_being_written_and_read():
     again = configure(**{field.name: written[field.name] for field in OWN})
     for field in OWN:
         assert getattr(again, field.name) == getattr(config, field.name)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "method", "told"), [("dapo", "nthr", True), ("cispo", "nthr", False), ("dapo", "pos_only", False)]
+)
+def test_that_sequence_level_ratios_undo_the_choice_of_tokens_is_told(loss_type, method, told):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        configure(loss_type=loss_type, nthr_method=method, importance_sampling_level="sequence")
+    assert any("which tokens were chosen makes no difference" in str(w.message) for w in seen) == told

@@ -118,6 +118,7 @@ def test_switched_off_it_is_trl_bit_for_bit(grpo, off, tmp_path):
 
 
 @pytest.mark.parametrize("loss_type", _trl.LOSSES_BY_TOKEN)
+@pytest.mark.filterwarnings("ignore:importance_sampling_level='sequence':UserWarning")  # the case that it is about
 def test_at_sequence_level_weights_are_those_of_trl(loss_type, tmp_path):
     settings = {
         "loss_type": loss_type, "importance_sampling_level": "sequence", "max_steps": 3, "num_iterations": 2,

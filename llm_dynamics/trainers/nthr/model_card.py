@@ -10,7 +10,7 @@ from transformers import Trainer
 from trl import GRPOTrainer
 
 from llm_dynamics import _trl
-from llm_dynamics.callbacks.probe import ProbeCallback
+from llm_dynamics.callbacks.probe import watcher_of
 from llm_dynamics.report import model_card_section
 from llm_dynamics.runlog import RunLogError, load_run, schema
 
@@ -67,10 +67,10 @@ def append_dynamics(trainer: Trainer, card: Path) -> None:
         trainer: The trainer.
         card: The card's file.
     """
-    callbacks = trainer.callback_handler.callbacks
-    folder = next((callback.log_folder for callback in callbacks if isinstance(callback, ProbeCallback)), None)
-    if folder is None or not (folder / schema.META_FILE).is_file():
+    watcher = watcher_of(trainer)
+    if watcher is None or not (watcher.log_folder / schema.META_FILE).is_file():
         return
+    folder = watcher.log_folder
     try:
         section = model_card_section(load_run(folder))
     except RunLogError as error:

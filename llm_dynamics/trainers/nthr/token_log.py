@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llm_dynamics.callbacks.probe import ProbeCallback
+from llm_dynamics.callbacks.probe import ProbeCallback, watcher_of
 from llm_dynamics.callbacks.sharding import broadcast, gather_frames
 from llm_dynamics.trainers.nthr.shaping import ShapedBatch
 
@@ -33,8 +33,7 @@ class TokenLog(TrainerCallback):
 
     @property
     def _watcher(self) -> ProbeCallback | None:
-        callbacks = self.trainer.callback_handler.callbacks
-        return next((callback for callback in callbacks if isinstance(callback, ProbeCallback)), None)
+        return watcher_of(self.trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,0 +1,138 @@
+"""The section "Is it normal?": what it says of each run, in words, safely."""
+
+import re
+from html import unescape
+
+import pytest
+
+from llm_dynamics.likelihood.verdicts import judge
+from llm_dynamics.report import write_report
+from llm_dynamics.report.normal import normal_view
+from llm_dynamics.runlog import load_runs
+
+from .reinforced import write_rollouts
+from .synthetic import HOSTILE, write_run, write_values
+from .test_page import Outline
+
+
+def section(text):
+    return text.split('<section id="normal"')[1].split("</section>")[0]
+
+
+def verdicts_on(text, run):
+    """The part of the section about one run, as markup."""
+    return section(text).split(f'aria-label="Verdicts on {run}"')[1].split("</article>")[0]
+
+
+def shown(markup):
+    """What is read of a piece of markup: no tags, one space between words."""
+    return " ".join(unescape(re.sub(r"<[^>]+>", " ", markup)).replace("−", "-").split())
+
+
+@pytest.fixture(scope="module")
+def page(both, tmp_path_factory):
+    return write_report(both, tmp_path_factory.mktemp("page") / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("run", ["sft", "dpo"])
+def test_every_verdict_of_every_run_is_told(page, both, run):
+    markup = verdicts_on(page, run)
+    text, cards = shown(markup), [shown(card) for card in markup.split('<div class="verdict">')[1:]]
+    verdicts = judge(both[run])
+    assert {verdict.status for verdict in verdicts} == ({"found", "clear", "unknown"} if run == "sft" else
+                                                        {"found", "unknown"})  # fmt: skip
+    found = [verdict for verdict in verdicts if verdict.status == "found"]
+    assert len(cards) == len(found)
+    assert text.startswith(f"> {run}")
+    assert f"{len(found)} of {len(verdicts)} rules found something." in text
+    for card, verdict in zip(cards, found, strict=True):
+        said = [f"found {verdict.name} {verdict.question}", f"seen {verdict.evidence}", f"limit {verdict.threshold}"]
+        for part in [*said, f"remedy {verdict.remedy}"]:
+            assert part in card
+    for verdict in verdicts:
+        if verdict.status == "clear":
+            assert f"clear {verdict.name} {verdict.evidence}" in text
+        if verdict.status == "unknown":
+            folded = shown(markup.split("<details")[1].split("</details>")[0])
+            assert f"{verdict.name} {verdict.evidence}" in folded
+
+
+def test_what_was_found_comes_before_what_is_clear_and_the_unknown_is_folded(page):
+    markup = verdicts_on(page, "sft")
+    assert markup.index("> found<") < markup.index("> clear<") < markup.index("<details") < markup.index("> not told<")
+    assert "<details open" not in markup
+
+
+def test_status_is_a_word_and_a_shape(page):
+    marks = re.findall(r'class="status"><span aria-hidden="true">(.)</span> ([a-z ]+)<', section(page))
+    assert dict(marks) == {"▲": "found", "○": "clear", "?": "not told"}
+    assert len(marks) == section(page).count('class="status"')
+
+
+def test_the_head_names_what_was_found_and_leads_there(page):
+    head = page.split('class="runs-in-brief"')[1].split("</ul>")[0]
+    assert '<a href="#normal">4 to look at</a>: likelihood displacement, squeezing, valley, probes and log.' in head
+    assert page.index('id="moved"') < page.index('id="normal"') < page.index('id="mass"')
+
+
+def test_left_out_probes_are_told(page):
+    assert "left out: 1 of 12 other_test" in shown(verdicts_on(page, "dpo"))
+
+
+def test_citations_are_resolved(page):
+    for source in ("arXiv 2407.10490", "arXiv 2505.18830"):
+        assert source in section(page)
+
+
+def test_a_minus_is_a_minus_and_a_name_keeps_its_hyphen(tmp_path):
+    run = write_values(
+        tmp_path / "run", {"chosen-1": [-3, -4], "rejected-1": [-5, -9], "a-2b-1": [-1, float("nan")]}, steps=(0, 1)
+    )
+    view = normal_view("run", run)
+    evidence = {verdict["name"]: verdict["evidence"] for verdict in (*view["found"], *view["clear"])}
+    assert "chosen −1.00 nats" in evidence["likelihood displacement"]
+    assert "(chosen, rejected, a-2b)" in evidence["probes and log"]
+
+
+def test_nothing_found_is_said(tmp_path):
+    run = write_run(tmp_path / "run", "Trainer", {"chosen": 3.0, "rejected": 4.0}, steps=(0, 5), n_prompts=10)
+    text = write_report(run, tmp_path / "report.html").read_text("utf-8")
+    assert "None of 7 rules found something." in section(text)
+    assert "to look at" not in text.split("<main>")[0]
+    assert '<div class="verdict">' not in section(text)
+
+
+def test_names_of_runs_and_families_are_escaped(hostile, tmp_path):
+    text = write_report(load_runs({HOSTILE: hostile.path}), tmp_path / "report.html").read_text("utf-8")
+    assert HOSTILE not in section(text)
+    assert not {"img", "script"} & set(Outline(section(text)).tags)
+    assert HOSTILE in unescape(section(text)).split("families with fewer than 10 probes")[1]
+
+
+def test_what_would_act_in_a_name_is_drawn_out(tmp_path):
+    run = write_values(tmp_path / "run", {"\u202eabc-1": [-1, -2]}, steps=(0, 1))
+    text = section(write_report(run, tmp_path / "report.html").read_text("utf-8"))
+    assert "\u202e" not in text
+    assert "\\u202eabc" in text
+
+
+@pytest.mark.parametrize("kind", ["grpo", "one observation", "empty", "no statistics", "all NaN"])
+def test_runs_of_every_kind_are_judged(tmp_path, kind):
+    if kind == "grpo":
+        run = write_rollouts(
+            write_run(tmp_path / "run", "GRPOTrainer", {"correct": 2.0}, steps=(0, 5), n_prompts=2), shift=-0.8
+        )
+    elif kind == "all NaN":
+        run = write_values(tmp_path / "run", {"chosen-1": [float("nan")] * 3})
+    else:
+        steps = {"empty": (), "one observation": (0,)}.get(kind, (0, 10))
+        run = write_values(tmp_path / "run", {"chosen-1": [-1.0] * 2, "rejected-1": [-2.0] * 2}, steps=steps)
+    text = shown(verdicts_on(write_report(run, tmp_path / "report.html").read_text("utf-8"), run.name))
+    assert {"grpo": "found lazy likelihood", "one observation": "one observation: nothing to compare",
+            "empty": "no observation: nothing to compare", "no statistics": "squeezing needs finite greedy tokens",
+            "all NaN": "1 probe with NaN or infinite tokens"}[kind] in text  # fmt: skip
+    assert not re.search(r"[+-]?\bnan\b", text)
+
+
+def test_the_section_is_small(page):
+    assert len(section(page).encode()) < 20_000
