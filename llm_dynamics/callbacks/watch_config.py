@@ -36,6 +36,7 @@ class WatchConfig:
         watch_tokens: Keep token tables in the run log.
         watch_token_budget_mb: Megabytes that they may take.
         watch_max_overhead: Most seconds of watching per second of training; None: no limit.
+        watch_tracker_tables: Send tables and curves to trackers that take them.
         watch_log_folder: Run-log folder; None: `<output_dir>/dynamics`.
         watch_seed: Seed of the probes and of the sample of token tables.
 
@@ -87,6 +88,10 @@ class WatchConfig:
     watch_max_overhead: float | None = field(
         default=None,
         metadata={"help": "Most seconds of watching per second of training, such as 0.1; no limit by default."},
+    )
+    watch_tracker_tables: bool = field(
+        default=True,
+        metadata={"help": "Send tables and curves to trackers that take them (trackio, wandb, mlflow, tensorboard)."},
     )
     watch_log_folder: str | None = field(
         default=None,
@@ -160,6 +165,7 @@ class WatchConfig:
             tokens=self.watch_tokens,
             token_budget_mb=self.watch_token_budget_mb,
             max_overhead=self.watch_max_overhead,
+            tracker_tables=self.watch_tracker_tables,
             log_folder=self.watch_log_folder,
             seed=self.watch_seed,
         )

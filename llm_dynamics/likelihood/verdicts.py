@@ -216,10 +216,11 @@ def _explained(run: RunTables, moved: pd.DataFrame) -> _Finding:
         return f"no finite account in {missing} explained steps" if missing else "needs watch(..., influence=True)"
     n_low = int((accounts["explained"] < THRESHOLDS["explained"]).sum())
     worst = accounts.sort_values("explained").to_dict("records")[0]
+    rate = "" if pd.isna(worst["learning_rate"]) else f"learning rate {worst['learning_rate']:.2g}, "
     left_out = f"; left out: {missing} of {len(run.accounts)} explained steps (not finite)" if missing else ""
     return n_low > 0, (
         f"{n_low} of {len(accounts)} explained steps below; lowest {worst['explained']:.4f} at step {worst['step']} "
-        f"(learning rate {worst['learning_rate']:.2g}, rule {worst['rule']}){left_out}"
+        f"({rate}rule {worst['rule'] or 'unknown'}){left_out}"
     )
 
 

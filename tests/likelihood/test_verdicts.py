@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llm_dynamics.likelihood.verdicts import THRESHOLDS, is_squeezing, judge
 from llm_dynamics.runlog import schema
@@ -357,6 +359,12 @@ def test_accounts_without_a_number_do_not_decide():
     assert "influence=True" in verdict("first-order account", Tables()).evidence
 
 
+def test_an_account_of_which_little_is_known_is_judged():
+    run = accounts(0.5)
+    run.accounts = run.accounts.assign(learning_rate=math.nan, rule=None)
+    assert verdict("first-order account", run).evidence.endswith("lowest 0.5000 at step 1 (rule unknown)")
+
+
 # ---- probes and log -------------------------------------------------------------------------------------------------
 
 
@@ -462,6 +470,30 @@ def test_a_grpo_log_shows_lazy_likelihood(tmp_path):
     run = write_rollouts(write_run(tmp_path / "run", "GRPOTrainer", {"correct": 1.0}), shift=-0.8)
     assert verdict("lazy likelihood", run).status == "found"
     assert verdict("likelihood displacement", run).status == "unknown"
+
+
+VALUES = st.one_of(st.none(), st.sampled_from([math.nan, math.inf, -math.inf]), st.floats(-1e300, 1e300))
+PROBE_IDS = st.sampled_from(["chosen-0", "chosen-1", "rejected-0", "rejected-1", "other_train-0", "x-0"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.dictionaries(
+        st.tuples(PROBE_IDS, st.integers(0, 2)), st.tuples(VALUES, VALUES, VALUES, st.integers(0, 3)), max_size=12
+    ),
+    trainer=st.sampled_from(["SFTTrainer", "DPOTrainer"]),
+    scalars=st.lists(st.tuples(VALUES, VALUES), max_size=3),
+)
+def test_no_rule_raises_whatever_the_numbers(rows, trainer, scalars):
+    sequences = [
+        [step, name, name[-1], name[:-2], n_tokens, None, *values] for (name, step), (*values, n_tokens) in rows.items()
+    ]
+    run = Tables({"trainer": trainer}, sequences=pd.DataFrame(sequences, columns=SEQUENCES))
+    changes = pd.DataFrame(scalars, columns=["logp_before", "logp_after"])
+    run.displacements = changes.assign(step=1, question=range(len(changes)))
+    run.accounts = pd.DataFrame({"explained": [own for own, _ in scalars]}, dtype=float)
+    run.accounts = run.accounts.assign(step=1, learning_rate=None, rule=None)
+    verdict("squeezing", run)
 
 
 @pytest.mark.parametrize("steps", [(), (0,), (0, 10)])
