@@ -171,7 +171,7 @@ def _valley(run: RunTables, moved: pd.DataFrame) -> _Finding:
     rate = _divided(rejected["logp_sum"], rejected["n_tokens"])
     if not rate.notna().any():
         return "needs the family rejected, finite at the first observation"
-    p = math.exp(rate.mean())
+    p = math.exp(min(rate.mean(), 0.0))  # rounding may lift a log-prob above zero
     return p < THRESHOLDS["valley_p"], (
         f"rejected starts at {p:.3g} per token (geometric mean over {_probes(rate.count())})"
         f"{_left_out(rejected, rate.isna(), 'not finite')}"

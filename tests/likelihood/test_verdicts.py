@@ -476,7 +476,7 @@ VALUES = st.one_of(st.none(), st.sampled_from([math.nan, math.inf, -math.inf]), 
 PROBE_IDS = st.sampled_from(["chosen-0", "chosen-1", "rejected-0", "rejected-1", "other_train-0", "x-0"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     rows=st.dictionaries(
         st.tuples(PROBE_IDS, st.integers(0, 2)), st.tuples(VALUES, VALUES, VALUES, st.integers(0, 3)), max_size=12
