@@ -305,9 +305,8 @@ def rank(options: argparse.Namespace) -> None:
     for group, some in both.groupby("group"):
         correlations.append(some["score_last"].rank().corr(some["score_exact"].rank()))
         last, exact = some["selected_last"], some["selected_exact"]
-        say(
-            f"| {group} | {len(some)} | {correlations[-1]:+.3f} | {last.sum()} | {exact.sum()} | {(last & exact).sum()} |"
-        )
+        cells = (group, len(some), f"{correlations[-1]:+.3f}", last.sum(), exact.sum(), (last & exact).sum())
+        say(f"| {' | '.join(map(str, cells))} |")
     last, exact = both["selected_last"], both["selected_exact"]
     say(
         "",

@@ -294,3 +294,25 @@ def test_the_quick_demo_runs_end_to_end(tmp_path):
     for heading in ("family", "start", "end", "change per token", "argmax"):
         assert heading in done.stdout
     assert fits(done.stdout.split("Done in")[0])
+
+
+def test_the_quick_demo_of_reinforcement_runs_end_to_end(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    done = subprocess.run(
+        [sys.executable, "-m", "llm_dynamics.cli", "demo", "--grpo", "--quick", "--output", tmp_path / "demo"],
+        capture_output=True, text=True, env=environment, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Warning" not in done.stderr
+    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    assert "which tokens were spared" in page
+    for name in ("grpo", "nthr"):
+        run = load_run(tmp_path / "demo" / name)
+        assert run.meta["arguments"]["nthr_method"] == {"grpo": "none", "nthr": "nthr"}[name]
+        assert run.observed_steps == [0, 2, 4, 6, 8]
+        assert len(run.displacements)
+        assert len(run.rollouts) == 4 * 16
+        assert f"What moved in {name.upper()}" in done.stdout
+    assert load_run(tmp_path / "demo" / "nthr").nthr_tokens["selected"].any()
+    assert "tokens" in done.stdout
+    assert fits(done.stdout.split("Done in")[0])
