@@ -35,6 +35,8 @@ from llm_dynamics.demo.tiny import build_tiny_model, build_tiny_tokenizer
 from llm_dynamics.trainers.displacement import ARMS
 
 DRAWS = 2000
+TIE = 1e-5
+"""Nats up to which two arms count as equal: the rounding of float32 log-probs."""
 LOWEST = 0.25
 """Share of the questions with the lowest Delta that GWHES is asked to find."""
 
@@ -104,8 +106,8 @@ def report(results: pd.DataFrame, options: argparse.Namespace, seconds: float) -
     ]
     for arm in arms:
         gain = wide[arm] - wide["grpo"]
-        against = "" if arm == "grpo" else f"{interval(gain)} | {(gain > 0).sum()} | {(gain < 0).sum()}"
-        random = "" if arm in ("grpo", "random") else f"{(wide[arm] > wide['random']).sum()}"
+        against = "" if arm == "grpo" else f"{interval(gain)} | {(gain > TIE).sum()} | {(gain < -TIE).sum()}"
+        random = "" if arm in ("grpo", "random") else f"{(wide[arm] - wide['random'] > TIE).sum()}"
         lines.append(f"| {arm} | {interval(wide[arm])} | {against or ' | | '} | {random} | {(wide[arm] < 0).sum()} |")
     lines += [
         "",
