@@ -6,11 +6,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import datasets
+import pandas
 import pytest
 from trl import GRPOConfig
 from typer.testing import CliRunner
 
-from llm_dynamics import NTHRConfig, cli
+from llm_dynamics import NTHRConfig, cli, watch
 from llm_dynamics.callbacks.influence_settings import InfluenceSettings
 from llm_dynamics.callbacks.probe_account import DETAILS
 from llm_dynamics.demo.products import letter_reward, product_questions
@@ -18,7 +19,7 @@ from llm_dynamics.demo.reinforcement import QUICK, product_probes
 from llm_dynamics.demo.tiny import build_tiny_model, build_tiny_tokenizer
 from llm_dynamics.influence import RULES
 from llm_dynamics.likelihood.verdicts import _RULES as RULES_OF_VERDICTS
-from llm_dynamics.probes import FAMILY_ORDER
+from llm_dynamics.probes import FAMILY_ORDER, HH_COLUMNS
 from llm_dynamics.runlog import load_run, schema
 from llm_dynamics.trainers.nthr.config import METHODS
 from tests.conftest import PREFERENCES
@@ -101,6 +102,43 @@ def test_the_examples_of_the_pages_on_curves_and_extending_run(tmp_path, capsys)
     (example,) = blocks(CURVES, "python test")
     exec(compile(example, "docs/curves.md", "exec"), {"__name__": "curves", "folder": tmp_path / "out"})
     assert "likelihood displacement" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_every_other_example_runs(tmp_path, monkeypatch, capsys):
+    folder = save_tiny_model(tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+
+    def fresh(kind, name):
+        trainer = build_trainer(kind, folder, tmp_path / "runs" / name, max_steps=1)
+        return {"__name__": name, "trainer": trainer, "probes": make_probes()}
+
+    for kind in ("sft", "dpo"):
+        watched = fresh(kind, kind)
+        watch(watched["trainer"], watched["probes"], influence=True)
+        watched["trainer"].train()
+    rows = [{"prompt": f"Question {i}?", "chosen": f"answer number {i}", "rejected": f"no {i}"} for i in range(120)]
+    hh = {
+        column: rows[0]["chosen"]
+        for columns in HH_COLUMNS.values()
+        for column in ([columns] if isinstance(columns, str) else columns)
+    }
+    (tmp_path / "hh_helpful_probes_train.jsonl").write_text(json.dumps(hh | {"prompt": "Hello"}) + "\n")
+    tokenizer = build_tiny_tokenizer([row["chosen"] for row in rows])
+    questions = datasets.Dataset.from_list(product_questions())
+    contexts = {
+        "README.md": {"reward": letter_reward, "questions": questions, "watch": watch},
+        "probes.md": {"train_rows": rows[:100], "test_rows": rows[100:], "tokenizer": tokenizer},
+        "runlog.md": {"pandas": pandas},
+    }
+    texts = {"README.md": README, "probes.md": PROBES, "runlog.md": RUNLOG, "curves.md": CURVES}
+    ran = 0
+    for page, text in texts.items():
+        for number, example in enumerate(blocks(text, "python"), start=1):
+            namespace = fresh("dpo", f"{page}_{number}") | contexts.get(page, {})
+            exec(compile(example, f"{page}, untagged example {number}", "exec"), namespace)
+            ran += 1
+    assert ran == sum(len(blocks(text, "python")) for text in (README, *PAGES)) >= 7
 
 
 def test_the_page_on_curves_names_every_verdict(tmp_path):
