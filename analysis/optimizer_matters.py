@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--csv", type=Path, help="also write all rows to this file")
+    parser.add_argument("--runs", type=int, nargs="+", help="which of RUNS, by number from 0; default: all")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -165,7 +166,7 @@ def main() -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         frames = []
-        for run in RUNS:
+        for run in RUNS if options.runs is None else [RUNS[number] for number in options.runs]:
             begun = time.monotonic()
             frame = study(run, folder, rows, options)
             named = frame.assign(optimizer=run.optimizer, weights="LoRA" if run.lora else "full", lr=run.learning_rate)
