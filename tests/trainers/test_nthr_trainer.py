@@ -411,9 +411,9 @@ def count_passes(trainer, monkeypatch):
     counts = {"extra": 0, "backbone": 0, "widths": []}
     extra = NTHRGRPOTrainer._completion_states
 
-    def counting(self, batch):
+    def counting(self, *given):
         counts["extra"] += 1
-        return extra(self, batch)
+        return extra(self, *given)
 
     monkeypatch.setattr(NTHRGRPOTrainer, "_completion_states", counting)
 
@@ -865,3 +865,27 @@ def test_models_that_take_images_are_refused_by_methods_that_score(tmp_path, mon
     with pytest.raises(NotImplementedError, match=r"'nthr'.*LlamaForCausalLM.*images"):
         build(tmp_path)
     build(tmp_path, nthr_method="pos_only")
+
+
+def test_the_extra_pass_runs_mixed_groups_alone_and_no_padding_behind_the_longest(tmp_path, monkeypatch):
+    rewards = (1, 0, 0, 1, 1, 1, 1, 1)  # the second group is all correct
+    trainer = build(tmp_path, script=Script(), rewards=rewards, nthr_beta=0.1, per_device_train_batch_size=8, **STILL)
+    widths = []
+    extra = NTHRGRPOTrainer._completion_states
+
+    def counting(self, batch, groups):
+        handle = module.unwrap_model(self.model).base_model.register_forward_hook(
+            lambda _, __, output: widths.append(tuple(output.last_hidden_state.shape[:2]))
+        )
+        states = extra(self, batch, groups)
+        handle.remove()
+        assert (states[4:] == 0).all()
+        assert states[:4].abs().sum() > 0
+        longest = int(batch["completion_mask"][:4].sum(dim=1).max())
+        assert widths == [(4, batch["prompt_ids"].shape[1] + longest)]
+        return states
+
+    monkeypatch.setattr(NTHRGRPOTrainer, "_completion_states", counting)
+    (rollout,) = run(trainer)
+    agrees(trainer, rollout.batch, expected(trainer, rollout.batch, rewards, beta=0.1))
+    assert widths

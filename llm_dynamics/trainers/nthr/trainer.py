@@ -16,7 +16,7 @@ from llm_dynamics.kernel.output_head import output_head
 from llm_dynamics.kernel.residuals import ResidualRule
 from llm_dynamics.likelihood.head import SplitModel, split_model, unwrap_model
 from llm_dynamics.likelihood.preserve import evaluating
-from llm_dynamics.likelihood.sharded import gathered
+from llm_dynamics.likelihood.sharded import gathered, is_sharded
 from llm_dynamics.rollouts import Groups, LossRow, loss_rows
 from llm_dynamics.trainers.nthr.config import SCORED_METHODS, NTHRConfig
 from llm_dynamics.trainers.nthr.llds import llds_penalty
@@ -228,7 +228,7 @@ class NTHRGRPOTrainer(GRPOTrainer):
         if not mixed:
             return _never_scores  # on all processes alike
         if states is None:
-            states = self._completion_states(batch)
+            states = self._completion_states(batch, groups)
         pool = TokenPool(states, batch["completion_ids"], mask, groups, self.accelerator)
         head = cache(partial(output_head, self._split))  # read when what is sharded has been gathered
 
@@ -280,22 +280,42 @@ class NTHRGRPOTrainer(GRPOTrainer):
                 output_head(split)  # refuses heads without a closed form, by name
         return split
 
-    def _completion_states(self, batch: dict[str, Any]) -> Tensor:
-        """Run the policy over the rollouts, without gradient, dropout or head: (B, T, d)."""
+    def _completion_states(self, batch: dict[str, Any], groups: Groups) -> Tensor:
+        """Run the policy over the rollouts of mixed groups, without gradient, dropout or head: (B, T, d).
+
+        Responses of like length go together, without the padding behind the longest of them; elsewhere states are zero.
+        """
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         length = batch["completion_ids"].shape[1]
+        lengths = batch["completion_mask"].sum(dim=1).cpu()
+        mixed = [row - groups.first for group in groups.here() if groups.is_mixed(group) for row in group]
+        needed = torch.tensor(mixed, dtype=torch.int64)
+        needed = needed[(needed >= 0) & (needed < groups.count)]
+        if not len(needed):
+            needed = torch.zeros(1, dtype=torch.int64)  # another process has the mixed groups: states of the same kind
+        if is_sharded(self._policy):
+            needed, lengths = torch.arange(groups.count), lengths.fill_(length)  # as many forwards on every process
         size = self.args.per_device_train_batch_size if self._policy.training else self.args.per_device_eval_batch_size
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        width = batch["prompt_ids"].shape[1]
+        states: Tensor | None = None
         with (
             evaluating(self._policy),
             _trl.disable_gradient_checkpointing(self._policy, checkpointing),
-            _trl.completion_states(self._backbone, length) as states,
             self.accelerator.autocast(),
         ):
-            for some, seen in zip(ids.split(size), mask.split(size), strict=True):
-                self._policy(input_ids=some, attention_mask=seen, logits_to_keep=1, use_cache=False)
-        return torch.cat(states)
+            for rows in needed[lengths[needed].argsort(stable=True)].split(size):
+                longest = max(1, int(lengths[rows].max()))
+                rows = rows.to(ids.device)
+                some, seen = ids[rows, : width + longest], mask[rows, : width + longest]
+                with _trl.completion_states(self._backbone, longest) as found:
+                    self._policy(input_ids=some, attention_mask=seen, logits_to_keep=1, use_cache=False)
+                if states is None:
+                    states = found[0].new_zeros(groups.count, length, found[0].shape[2])
+                states[rows, :longest] = found[0]
+        assert states is not None, "there is a response at least"
+        return states
 
     def _draw_seed(self) -> int:
         """Seed of method "random": another one for each generation, and the same after a resume."""
