@@ -45,8 +45,8 @@ class ReinforcementSettings:
     """
 
     quick: bool = False
-    steps: int = 16
-    questions: int = 4
+    steps: int = 12
+    questions: int = 3
     generations: int = 8
     max_completion_length: int = 20
     learning_rate: float = 5e-5
@@ -58,7 +58,7 @@ class ReinforcementSettings:
 
 FULL = ReinforcementSettings()
 QUICK = ReinforcementSettings(
-    quick=True, steps=8, generations=4, max_completion_length=16, learning_rate=3e-3, watched=4, lora=False
+    quick=True, steps=8, questions=4, generations=4, max_completion_length=16, learning_rate=3e-3, watched=4, lora=False
 )
 
 
