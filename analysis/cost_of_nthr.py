@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--groups", type=int, default=6, help="groups of the third table")
     parser.add_argument("--only", choices=["scoring", "step", "rank"], help="one table")
+    parser.add_argument("--shape", help="part of a model's name: its rows of the first table alone")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
@@ -89,6 +90,8 @@ def scoring(options: argparse.Namespace) -> None:
         ("SmolLM2-135M, V 49k", smollm2_shape, [128, 512, 2048]),
         ("Qwen2.5-0.5B, V 152k", qwen_shape, [128, 512, 2048] if cuda else [128, 512]),
     ]
+    if options.shape:
+        shapes = [shape for shape in shapes if options.shape in shape[0]]
     if options.quick:
         shapes = [("tiny", lambda: build_tiny_model(600), [16, 32])]
     say("## Scoring one group of 8", "")
