@@ -63,7 +63,7 @@ def load_task(args: TaskArguments, seed: int) -> Task:
     if args.task == "math":
         _need("math_verify", "math-verify", args.task)
         return _math(args)
-    _need("reasoning_gym", "reasoning-gym", args.task)
+    _need("reasoning_gym", "reasoning-gym", f"{args.task} (neither products nor math, so a reasoning-gym dataset)")
     return _reasoning_gym(args, seed)
 
 
@@ -110,4 +110,4 @@ def _ask(question: str) -> list[dict[str, str]]:
 
 def _need(module: str, package: str, task: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise ModuleNotFoundError(f'task {task!r} needs {package}: pip install "llm-dynamics[grpo]"')
+        raise ModuleNotFoundError(f'task {task} needs {package}: pip install "llm-dynamics[grpo]"')

@@ -89,7 +89,7 @@ def test_the_example_of_the_page_on_nthr_runs(tmp_path, monkeypatch, capsys):
     }
     (example,) = blocks(NTHR, "python test")
     exec(compile(example, "docs/nthr.md", "exec"), namespace)
-    assert "advantage_before" in capsys.readouterr().out
+    assert "threshold" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore")  # as above

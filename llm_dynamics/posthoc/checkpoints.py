@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,9 @@ from llm_dynamics.likelihood.scoring import DEFAULT_BATCH_TOKENS, ResponseScores
 from llm_dynamics.posthoc.loading import load_checkpoint, load_tokenizer
 from llm_dynamics.probes import ProbeSet, encode_probes, probe_table
 from llm_dynamics.runlog import RunLog, RunLogWriter, load_run, schema
+
+TRAINER = "llm-dynamics score"
+"""What `meta.json` names as trainer of a log that was written after the fact."""
 
 
 def score_checkpoints(
@@ -36,8 +38,8 @@ def score_checkpoints(
     """Score every probe under every checkpoint, one after the other, and write a run log.
 
     Args:
-        checkpoints: Folders or hub ids, in order. The step of an observation is the number at the end of a name, as of
-            `checkpoint-500`, where all have one and they ascend; else its place, from 0.
+        checkpoints: Folders or hub ids. Where all names end in different numbers, as `checkpoint-500`, those are the
+            steps, and the order is theirs; else the order given, with steps 0, 1, 2...
         probes: The probes.
         folder: Output folder; the run log goes to `dynamics` in it, and one that is there is moved aside.
         tokenizer: Folder or hub id; None: the first checkpoint's.
@@ -51,19 +53,23 @@ def score_checkpoints(
         The run log; differences in it are in nats since the first checkpoint.
 
     Raises:
-        ValueError: For no checkpoints, one that does not load, or probes that its tokenizer cannot encode.
+        ValueError: For no checkpoints, one that does not load, probes that its tokenizer cannot encode, or a folder
+            with the log of a training run.
         NotImplementedError: For models that cannot be scored.
     """
     if not checkpoints:
         raise ValueError("give at least one checkpoint")
+    log_folder = Path(folder) / schema.FOLDER
+    if (log_folder / schema.META_FILE).is_file() and load_run(folder).meta.get("trainer") != TRAINER:
+        raise ValueError(f"{log_folder} is the log of a training run: choose another output folder")
+    steps, checkpoints = in_order(checkpoints)
     processing_class = load_tokenizer(tokenizer or checkpoints[0])
     encoded = encode_probes(probes, processing_class)
     table = probe_table(probes, encoded)
     ref_logp = None
     if reference is not None:
         ref_logp = score_logps(load_checkpoint(reference, dtype=dtype, device=device), list(encoded))
-    steps = checkpoint_steps(checkpoints)
-    writer = RunLogWriter(Path(folder) / schema.FOLDER)
+    writer = RunLogWriter(log_folder)
     start: dict[str, float] = {}
     for step, name in zip(steps, checkpoints, strict=True):
         begun = time.monotonic()
@@ -106,19 +112,21 @@ def score_checkpoints(
     return load_run(folder)
 
 
-def checkpoint_steps(checkpoints: Sequence[str]) -> list[int]:
-    """Return the optimizer step of each checkpoint by its name, where all say one and they ascend; else 0, 1, 2..."""
+def in_order(checkpoints: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Return steps and names: by the numbers that the names end in, where all differ; else as given, 0, 1, 2..."""
     numbers = [re.search(r"(\d+)/?$", name) for name in checkpoints]
     steps = [int(number[1]) for number in numbers if number]
-    ascending = len(steps) == len(checkpoints) and all(a < b for a, b in pairwise(steps))
-    return steps if ascending else list(range(len(checkpoints)))
+    if len(set(steps)) < len(checkpoints):
+        return list(range(len(checkpoints))), list(checkpoints)
+    pairs = sorted(zip(steps, checkpoints, strict=True))
+    return [step for step, _ in pairs], [name for _, name in pairs]
 
 
 def _meta(model: Any, probes: ProbeSet, encoded: Any, tokenizer: Any, names: dict[int, str]) -> dict[str, Any]:
     weights = list(model.parameters())
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "trainer": "llm-dynamics score",
+        "trainer": TRAINER,
         "checkpoints": {str(step): name for step, name in names.items()},
         "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
         "model_class": type(model).__name__,

@@ -34,6 +34,8 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 }
 """The arms of [NTHR]'s experiment, as fields of `NTHRConfig`."""
 BASELINE = "grpo"
+TAKEN_OVER = ("num_generations", "max_completion_length", "temperature")
+"""What is taken over from the configuration of a trainer that is measured."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def measure_lld(
     step is that of the real trainer: loss, clipping and AdamW included.
 
     Args:
-        source: A causal LM, or a GRPO trainer whose model, processing class and rewards are used. The model's weights
+        source: A causal LM, or a GRPO trainer whose model, processing class, rewards, number of generations, completion
+            length and temperature are used. The model's weights
             are the same afterwards.
         questions: Rows with a `prompt` and whatever the reward functions read; taken in order until `n_questions` mixed
             ones are found.
@@ -121,6 +124,7 @@ def measure_lld(
             reward_funcs = source.reward_funcs
             options = {"reward_weights": getattr(source.args, "reward_weights", None), **options}
         processing_class = source.processing_class if processing_class is None else processing_class
+        options = {name: getattr(source.args, name) for name in TAKEN_OVER} | options
     if reward_funcs is None or processing_class is None:
         raise ValueError("a model alone has neither: pass reward_funcs= and processing_class=")
     given = {"num_generations": 8, "learning_rate": 1e-6, "seed": seed, "nthr_correct": correct_from, **options}

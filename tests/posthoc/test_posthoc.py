@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llm_dynamics import cli, load_run, watch
 from llm_dynamics.kernel import token_kernel
 from llm_dynamics.posthoc import kernel_of_files, score_checkpoints
-from llm_dynamics.posthoc.checkpoints import checkpoint_steps
+from llm_dynamics.posthoc.checkpoints import in_order
 from llm_dynamics.probes import Probe, encode_probes
 from tests.conftest import PREFERENCES
 from tests.training import build_trainer, make_probes, save_tiny_model
@@ -61,16 +61,24 @@ def test_a_reference_stands_beside(watched, model_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "steps"),
+    ("names", "steps", "ordered"),
     [
-        (["a/checkpoint-5", "a/checkpoint-10/"], [5, 10]),
-        (["a/checkpoint-10", "a/checkpoint-5"], [0, 1]),
-        (["base", "a/checkpoint-5"], [0, 1]),
-        (["one"], [0]),
+        (["a/checkpoint-5", "a/checkpoint-10/"], [5, 10], None),
+        (["a/checkpoint-1000", "a/checkpoint-500"], [500, 1000], ["a/checkpoint-500", "a/checkpoint-1000"]),
+        (["base", "a/checkpoint-5"], [0, 1], None),
+        (["a/checkpoint-5", "b/checkpoint-5"], [0, 1], None),
+        (["one"], [0], None),
     ],
 )
-def test_steps_come_from_names_that_ascend(names, steps):
-    assert checkpoint_steps(names) == steps
+def test_steps_and_order_come_from_names_where_they_can(names, steps, ordered):
+    assert in_order(names) == (steps, ordered or names)
+
+
+def test_the_log_of_a_training_run_is_not_touched(watched, model_folder):
+    before = load_run(watched).observed_steps
+    with pytest.raises(ValueError, match="is the log of a training run: choose another output folder"):
+        score_checkpoints([str(model_folder)], make_probes(1), watched)
+    assert load_run(watched).observed_steps == before
 
 
 def test_what_does_not_load_is_named(model_folder, tmp_path):

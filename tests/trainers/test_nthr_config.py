@@ -159,7 +159,7 @@ def test_eta_of_a_success_rate(p):
     assert configure().eta(p) == 2 * abs(0.5 - p)
     assert configure(nthr_eta="p").eta(p) == p
     assert configure(nthr_eta="1-p").eta(p) == 1 - p
-    for fixed in ("0", "0.0", "-0.5", "1e-3", 0.25, 0, 1):
+    for fixed in ("0", "0.0", "0.5", "1e-3", 0.25, 0, 1):
         assert configure(nthr_eta=fixed).eta(p) == float(fixed)
 
 
@@ -180,7 +180,7 @@ def test_flags_are_parsed(parser):
 
 
 @pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
-@pytest.mark.parametrize(("eta", "value"), [("2|0.5-p|", 0.5), ("p", 0.25), ("1-p", 0.75), ("-0.5", -0.5), ("0", 0.0)])
+@pytest.mark.parametrize(("eta", "value"), [("2|0.5-p|", 0.5), ("p", 0.25), ("1-p", 0.75), ("0.5", 0.5), ("0", 0.0)])
 def test_every_eta_can_be_a_flag(parser, eta, value):
     assert parse(parser([NTHRConfig]), "--nthr_eta", eta).eta(0.25) == value
 
@@ -234,3 +234,9 @@ def test_that_sequence_level_ratios_undo_the_choice_of_tokens_is_told(loss_type,
         warnings.simplefilter("always")
         configure(loss_type=loss_type, nthr_method=method, importance_sampling_level="sequence")
     assert any("which tokens were chosen makes no difference" in str(w.message) for w in seen) == told
+
+
+@pytest.mark.parametrize("eta", ["-0.5", -1, "-1e-9"])
+def test_an_eta_that_would_reward_wrong_tokens_is_refused(eta):
+    with pytest.raises(ValueError, match=r"nthr_eta is .*a finite number from 0 on"):
+        configure(nthr_eta=eta)

@@ -179,7 +179,7 @@ def test_minus_infinity_selects_every_penalised_wrong_token(tmp_path):
 METHODS = {
     "nthr": ({"nthr_beta": 0.1}, {"beta": 0.1}),
     "nthr_beta_1": ({}, {}),
-    "nthr_fixed": ({"nthr_beta": 0.05, "nthr_eta": "-0.5"}, {"beta": 0.05, "eta": "-0.5"}),
+    "nthr_fixed": ({"nthr_beta": 0.05, "nthr_eta": "0.3"}, {"beta": 0.05, "eta": "0.3"}),
     "nthr_p": ({"nthr_beta": 0.1, "nthr_eta": "p"}, {"beta": 0.1, "eta": "p"}),
     "nthr_1-p": ({"nthr_beta": 0.1, "nthr_eta": "1-p"}, {"beta": 0.1, "eta": "1-p"}),
     "nthr_others": ({"nthr_beta": 0.2, "nthr_include_self": False}, {"beta": 0.2, "include_self": False}),

@@ -148,9 +148,9 @@ class NTHRConfig(GRPOConfig):
             value = float(self.nthr_eta)
         except (TypeError, ValueError):
             value = math.nan
-        if not math.isfinite(value):
+        if not 0 <= value < math.inf:  # less than 0 would reward wrong tokens
             raise ValueError(
-                f"nthr_eta is {self.nthr_eta!r}; allowed: {', '.join(map(repr, ETAS))}, or a finite number such as 0.0"
+                f"nthr_eta is {self.nthr_eta!r}; allowed: {', '.join(map(repr, ETAS))}, or a finite number from 0 on"
             )
         return value
 
