@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from contextlib import ExitStack
@@ -28,8 +27,6 @@ from llm_dynamics.likelihood import (
 )
 from llm_dynamics.likelihood.preserve import evaluating
 from llm_dynamics.rollouts import Groups, loss_rows
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_EVERY = 10
 CORRECT_FROM = 0.5

@@ -86,8 +86,7 @@ def measure_lld(
 
     Args:
         source: A causal LM, or a GRPO trainer whose model, processing class, rewards, number of generations, completion
-            length and temperature are used. The model's weights
-            are the same afterwards.
+            length and temperature are used. The model's weights are the same afterwards.
         questions: Rows with a `prompt` and whatever the reward functions read; taken in order until `n_questions` mixed
             ones are found.
         reward_funcs: As for `trl.GRPOTrainer`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,8 +24,6 @@ from llm_dynamics.trainers.nthr.scores import GroupScores, score_group, score_gr
 from llm_dynamics.trainers.nthr.shaping import Scorer, ShapedBatch, shape_batch
 from llm_dynamics.trainers.nthr.token_log import TokenLog
 from llm_dynamics.trainers.nthr.token_pool import TokenPool
-
-logger = logging.getLogger(__name__)
 
 
 class NTHRGRPOTrainer(GRPOTrainer):
