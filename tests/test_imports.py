@@ -22,9 +22,10 @@ ALLOWED = {
     "runlog": set(),
     "rollouts": {"likelihood"},
     "influence": {"likelihood", "kernel"},
-    "report": {"runlog", "likelihood"},
-    "callbacks": {"_trl", "probes", "likelihood", "kernel", "influence", "rollouts", "runlog", "report"},
-    "cli": {"probes", "kernel", "report", "runlog", "posthoc", "demo"},
+    "frames": {"runlog"},
+    "report": {"runlog", "frames", "likelihood"},
+    "callbacks": {"_trl", "probes", "likelihood", "kernel", "influence", "rollouts", "runlog", "frames", "report"},
+    "cli": {"probes", "kernel", "frames", "report", "runlog", "posthoc", "demo"},
     "posthoc": {"probes", "likelihood", "kernel", "runlog", "callbacks"},
     "trainers": {"_trl", "probes", "likelihood", "kernel", "influence", "rollouts", "runlog", "report", "callbacks"},
     "_trl": set(),
@@ -95,7 +96,7 @@ def test_imports_go_in_the_direction_of_the_architecture(file):
     assert not backwards, f"{name_of(file)} imports {sorted(backwards)}; {part} may import {sorted(ALLOWED[part])}"
 
 
-@pytest.mark.parametrize("part", ["probes", "likelihood", "kernel", "runlog", "report"])
+@pytest.mark.parametrize("part", ["probes", "likelihood", "kernel", "runlog", "frames", "report"])
 def test_the_parts_below_trainers_load_no_trainer_class(part):
     for file in (ROOT / part).rglob("*.py"):
         trainers = {name for name in imported(file) if name.split(".")[0] in ("trl", "transformers")}
@@ -103,8 +104,9 @@ def test_the_parts_below_trainers_load_no_trainer_class(part):
         assert not trainers, f"{name_of(file)} imports {sorted(trainers)}"
 
 
-def test_the_report_loads_no_model():
-    for file in (ROOT / "report").rglob("*.py"):
+@pytest.mark.parametrize("part", ["frames", "report"])
+def test_frames_and_report_load_no_model(part):
+    for file in (ROOT / part).rglob("*.py"):
         loaded = {name.split(".")[0] for name in imported(file)}
         assert not loaded & {"torch", "transformers", "trl", "peft", "accelerate", "datasets"}, name_of(file)
 
@@ -120,7 +122,7 @@ def test_of_likelihood_the_report_imports_the_verdicts_alone():
 def test_reading_and_judging_a_log_loads_neither_torch_nor_trl():
     script = """
 import sys
-import llm_dynamics.report, llm_dynamics.runlog
+import llm_dynamics.frames, llm_dynamics.report, llm_dynamics.runlog
 from llm_dynamics.likelihood import Verdict, judge
 from llm_dynamics.likelihood.verdicts import is_squeezing
 print(sorted({"torch", "transformers", "trl", "peft", "accelerate", "datasets"} & set(sys.modules)))

@@ -3,11 +3,11 @@
 Reads only what `runlog` wrote; never loads a model.
 """
 
+from llm_dynamics.frames import family_curves, squeezing_curves, what_moved
 from llm_dynamics.report.causes import family_accounts
 from llm_dynamics.report.model_card import model_card_section
 from llm_dynamics.report.page import write_report
 from llm_dynamics.report.statements import Statement, reading
-from llm_dynamics.report.summary import family_curves, squeezing_curves, what_moved
 from llm_dynamics.report.training_tokens import strongest_tokens
 
 __all__ = [

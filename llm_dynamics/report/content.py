@@ -10,11 +10,11 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from llm_dynamics.frames import family_curves, squeezing_curves, what_moved
 from llm_dynamics.report import figures
 from llm_dynamics.report.families import ARGMAX, GROUPS, argmax_of, ordered, style_of
 from llm_dynamics.report.measured import measured
 from llm_dynamics.report.statements import reading
-from llm_dynamics.report.summary import family_curves, squeezing_curves, what_moved
 from llm_dynamics.report.text import nats, prompt_text, shortened, token_label, visible
 from llm_dynamics.report.tokens import TokenHistory, pick_heatmap_probes, token_histories
 from llm_dynamics.runlog import RunLog, RunLogs

@@ -1,4 +1,4 @@
-"""The families of probes: their order, their names for people, and how each is drawn.
+"""The families of probes: their names for people, and how each is drawn; their order is that of `frames`.
 
 Hue tells the kind of response (chosen and its kin, rejected and its kin, answers to other prompts, texts that are no
 answer); dash and marker tell the members of a kind apart, so that colour is never the only cue.
@@ -6,17 +6,12 @@ answer); dash and marker tell the members of a kind apart, so that colour is nev
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from zlib import crc32
 
-ARGMAX = "argmax"
-"""Name of the last row of `what_moved`, and of the pseudo-family where a run has no chosen or rejected probes."""
-
-
-def argmax_of(family: str) -> str:
-    """Return the name of the pseudo-family of the greedy tokens along the prefixes of `family`."""
-    return f"{ARGMAX} ({family} prefix)"
+from llm_dynamics.frames.order import ARGMAX as ARGMAX
+from llm_dynamics.frames.order import argmax_of as argmax_of
+from llm_dynamics.frames.order import ordered as ordered
 
 
 @dataclass(frozen=True)
@@ -91,23 +86,9 @@ STYLES: dict[str, FamilyStyle] = {
 GROUPS = (_CHOSEN, _REJECTED, _OTHER, _NOISE, _UNKNOWN, _GREEDY)
 """Kinds of response, in the order of the legend."""
 
-_ORDER = {family: place for place, family in enumerate(STYLES)}
-_FIRST_GREEDY = _ORDER[argmax_of("chosen")]
 _FURTHER = (("#7a5a3a", "#d0b090"), ("#4d6b6b", "#9fc4c4"), ("#8a3f4f", "#e6a0ae"), ("#4f5f8a", "#aab8e0"))
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _SYMBOLS = ("bowtie", "hourglass", "diamond-tall", "diamond-wide", "hexagram")
-
-
-def ordered(families: Iterable[str]) -> list[str]:
-    """Sort families: the known ones in canonical order, unknown ones alphabetically, greedy pseudo-families last."""
-
-    def place(family: str) -> tuple[int, int, str]:
-        known = _ORDER.get(family)
-        if known is None:
-            return (1, 0, family)
-        return (0 if known < _FIRST_GREEDY else 2, known, family)
-
-    return sorted(set(families), key=place)
 
 
 def style_of(family: str) -> FamilyStyle:

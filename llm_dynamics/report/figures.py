@@ -11,8 +11,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from llm_dynamics.frames import family_curves, squeezing_curves
 from llm_dynamics.report.families import FamilyStyle, ordered, style_of
-from llm_dynamics.report.summary import family_curves, squeezing_curves
 from llm_dynamics.report.text import for_plotly, token_label
 from llm_dynamics.report.tokens import TokenHistory, token_histories
 from llm_dynamics.runlog import RunLog, RunLogs

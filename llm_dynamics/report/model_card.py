@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
+from llm_dynamics.frames import what_moved
 from llm_dynamics.report.families import ARGMAX
 from llm_dynamics.report.markdown import escaped, markdown_table
 from llm_dynamics.report.rollouts import question_deltas
-from llm_dynamics.report.summary import what_moved
 from llm_dynamics.report.text import nats, precise_nats
 from llm_dynamics.runlog import RunLog
 

@@ -7,8 +7,8 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llm_dynamics.frames import family_curves, margin_path, what_moved
 from llm_dynamics.report.families import ARGMAX
-from llm_dynamics.report.summary import family_curves, margin_path, what_moved
 from llm_dynamics.report.text import precise_nats
 from llm_dynamics.runlog import RunLog
 

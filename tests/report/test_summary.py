@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from llm_dynamics.report import family_curves, squeezing_curves, what_moved
+from llm_dynamics.frames import SQUEEZING, family_curves, squeezing_curves, what_moved
 from llm_dynamics.report.families import STYLES, ordered, style_of
-from llm_dynamics.report.summary import SQUEEZING
 
 from .synthetic import FAMILIES, write_values
 
