@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,27 +53,46 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def read_part(file: Path, expected: pa.Schema) -> pa.Table:
+def read_part(
+    file: Path, expected: pa.Schema, columns: Sequence[str] | None = None, *, dictionaries: Sequence[str] = ()
+) -> pa.Table:
     """Read one Parquet file and check that it holds at least the columns of `expected`, with their types.
+
+    Args:
+        file: The file.
+        expected: The schema of its table.
+        columns: The columns to read; all where None. The others are checked and not read.
+        dictionaries: Those of the string columns to return as Arrow dictionaries: a code per row.
+
+    Returns:
+        The table, its columns in the order of `columns`.
 
     Raises:
         RunLogError: Where the file is missing, truncated, not Parquet or of another layout; the message names it.
     """
     try:
-        table = pq.ParquetFile(file).read()
+        with pq.ParquetFile(file, read_dictionary=list(dictionaries)) as opened:
+            seen = opened.schema_arrow
+            wrong = [field for field in expected if not _holds(seen, field, dictionaries)]
+            table = None if wrong else opened.read(columns=None if columns is None else list(columns))
     except (OSError, pa.ArrowException) as error:
         raise RunLogError(f"cannot read {file}: {error}") from error
-    wrong = [
-        f"{field.name} ({field.type})"
-        for field in expected
-        if field.name not in table.column_names or table.schema.field(field.name).type != field.type
-    ]
-    if wrong:
+    if table is None:
+        missing = ", ".join(f"{field.name} ({field.type})" for field in wrong)
         raise RunLogError(
-            f"{file} is not part of a run log: missing or of another type: {', '.join(wrong)}; "
-            f"seen: {', '.join(table.column_names)}"
+            f"{file} is not part of a run log: missing or of another type: {missing}; seen: {', '.join(seen.names)}"
         )
-    return table
+    return table if columns is None else table.select(list(columns))
+
+
+def _holds(seen: pa.Schema, field: pa.Field, dictionaries: Sequence[str]) -> bool:
+    place = seen.get_field_index(field.name)
+    if place < 0:
+        return False
+    found = seen.field(place).type
+    if field.name in dictionaries and pa.types.is_dictionary(found):
+        found = found.value_type
+    return bool(found == field.type)
 
 
 def completed_steps(folder: Path, marker: str = "steps") -> list[int]:

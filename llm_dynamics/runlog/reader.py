@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -141,12 +141,35 @@ class RunLog:
         """
         return family_influence(self.influence)
 
-    def parts(self, table: str, steps: Iterable[int] | None = None) -> Iterator[pa.Table]:
+    def columns(self, table: str, names: Sequence[str]) -> pd.DataFrame:
+        """Return some columns of a table; the others are not read (where the table is in memory, it is used).
+
+        Args:
+            table: A name in `schema.TABLES`.
+            names: Columns that the schema names.
+
+        Returns:
+            The columns, in the order of `names`.
+        """
+        if table in self.__dict__:
+            return self.__dict__[table][list(names)]
+        return self._read(table, names)
+
+    def parts(
+        self,
+        table: str,
+        steps: Iterable[int] | None = None,
+        columns: Sequence[str] | None = None,
+        *,
+        dictionaries: Sequence[str] = (),
+    ) -> Iterator[pa.Table]:
         """Yield the parts of a table one by one, so that a long run's tokens need not lie in memory whole.
 
         Args:
             table: A name in `schema.TABLES`.
             steps: The steps wanted, in the order wanted; all complete ones, ascending, where None.
+            columns: The columns wanted; all where None. The others are not read.
+            dictionaries: String columns to be given as Arrow dictionaries, which takes a fraction of the memory.
 
         Yields:
             The part of each step as an Arrow table. A step without a part is passed over where the table may lack one.
@@ -163,7 +186,7 @@ class RunLog:
             if table in _MAY_LACK and not file.exists():
                 continue
             try:
-                part = read_part(file, schema.TABLES[table])
+                part = read_part(file, schema.TABLES[table], columns, dictionaries=dictionaries)
             except RunLogError as error:
                 if self.errors == "raise":
                     hint = 'load_run(path, errors="warn") reads the rest.'
@@ -172,10 +195,11 @@ class RunLog:
             else:
                 yield part
 
-    def _read(self, name: str) -> pd.DataFrame:
-        tables = list(self.parts(name))
+    def _read(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        tables = list(self.parts(name, columns=columns))
         if not tables:
-            return schema.TABLES[name].empty_table().to_pandas()
+            empty = schema.TABLES[name].empty_table()
+            return (empty if columns is None else empty.select(list(columns))).to_pandas()
         return pa.concat_tables(tables, promote_options="default").to_pandas()
 
 
@@ -204,119 +228,3 @@ def load_run(path: str | Path, *, errors: OnError = "raise") -> RunLog:
     run = RunLog(find_run_log(path), errors)
     _ = run.meta  # a foreign folder is refused here rather than at first use
     return run
-
-
-@dataclass(frozen=True)
-class RunLogs:
-    """Several run logs by name; every frame has a leading `run` column."""
-
-    runs: Mapping[str, RunLog]
-
-    def __getitem__(self, name: str) -> RunLog:
-        return self.runs[name]
-
-    @cached_property
-    def probes(self) -> pd.DataFrame:
-        """Probes of all runs."""
-        return self._concat("probes")
-
-    @cached_property
-    def sequences(self) -> pd.DataFrame:
-        """Sequences of all runs."""
-        return self._concat("sequences")
-
-    @cached_property
-    def tokens(self) -> pd.DataFrame:
-        """Tokens of all runs."""
-        return self._concat("tokens")
-
-    @cached_property
-    def steps(self) -> pd.DataFrame:
-        """Steps of all runs."""
-        return self._concat("steps")
-
-    @cached_property
-    def influence(self) -> pd.DataFrame:
-        """Influence of all runs."""
-        return self._concat("influence")
-
-    @cached_property
-    def influence_tokens(self) -> pd.DataFrame:
-        """Influence per probe token of all runs."""
-        return self._concat("influence_tokens")
-
-    @cached_property
-    def training_examples(self) -> pd.DataFrame:
-        """Training examples of the explained steps of all runs."""
-        return self._concat("training_examples")
-
-    @cached_property
-    def training_tokens(self) -> pd.DataFrame:
-        """Training tokens of the explained steps of all runs."""
-        return self._concat("training_tokens")
-
-    @cached_property
-    def influence_maps(self) -> pd.DataFrame:
-        """Maps of probe token by training token of all runs."""
-        return self._concat("influence_maps")
-
-    @cached_property
-    def accounts(self) -> pd.DataFrame:
-        """Accounts of all runs."""
-        return self._concat("accounts")
-
-    @cached_property
-    def rollouts(self) -> pd.DataFrame:
-        """Logged completions of all runs."""
-        return self._concat("rollouts")
-
-    @cached_property
-    def nthr_tokens(self) -> pd.DataFrame:
-        """Tokens of logged completions of all runs."""
-        return self._concat("nthr_tokens")
-
-    @cached_property
-    def displacements(self) -> pd.DataFrame:
-        """Displacements of all runs."""
-        return self._concat("displacements")
-
-    @property
-    def meta(self) -> dict[str, dict[str, Any]]:
-        """`meta.json` of every run."""
-        return {name: run.meta for name, run in self.runs.items()}
-
-    def delta_from_start(self) -> pd.DataFrame:
-        """Return `delta_from_start` of every run; each run counts from its own first observation."""
-        return self._named({name: run.delta_from_start() for name, run in self.runs.items()})
-
-    def family_influence(self) -> pd.DataFrame:
-        """Return `family_influence` of every run."""
-        return self._named({name: run.family_influence() for name, run in self.runs.items()})
-
-    def _concat(self, table: str) -> pd.DataFrame:
-        return self._named({name: getattr(run, table) for name, run in self.runs.items()})
-
-    @staticmethod
-    def _named(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-        named = [frame.assign(run=name) for name, frame in frames.items()]
-        merged = pd.concat(named, ignore_index=True)
-        return merged[["run", *(column for column in merged.columns if column != "run")]]
-
-
-def load_runs(paths: Mapping[str, str | Path], *, errors: OnError = "raise") -> RunLogs:
-    """Open several run logs for comparison.
-
-    Args:
-        paths: Run folder by the name it shall have, such as `{"sft": "runs/sft", "dpo": "runs/dpo"}`.
-        errors: As for `load_run`.
-
-    Returns:
-        The runs; their frames are stacked with a `run` column.
-
-    Raises:
-        ValueError: Where `paths` is empty.
-        RunLogError: As for `load_run`.
-    """
-    if not paths:
-        raise ValueError("load_runs needs at least one run: {name: path}")
-    return RunLogs({name: load_run(path, errors=errors) for name, path in paths.items()})
