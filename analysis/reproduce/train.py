@@ -123,15 +123,16 @@ def run_chain(study: Study) -> None:
     pairs = study.rows.pairs
     chosen = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
     both = [*chosen, *({"prompt": row["prompt"], "completion": row["rejected"]} for row in pairs)]
-    train_sft(study, "sft", chosen, study.epoch, parts=(1,))
+    train_sft(study, "sft", chosen, study.size.sft_epochs, parts=(1,))
     train_dpo(study, "dpo", "sft")
-    train_sft(study, "extend", both, 2 * study.epoch)
+    train_sft(study, "extend", both, study.size.extend_epochs)
     train_dpo(study, "extend_dpo", "extend")
 
 
-def train_sft(study: Study, name: str, rows: list[Row], epoch: int, parts: Sequence[int] = ()) -> None:
+def train_sft(study: Study, name: str, rows: list[Row], epochs: int, parts: Sequence[int] = ()) -> None:
     """Train on the completions and keep the model, also as it was after the epochs `parts`."""
-    folder, steps = study.folder / name, study.size.sft_epochs * epoch
+    epoch = len(rows) // BATCH
+    folder, steps = study.folder / name, epochs * epoch
     if (folder / "config.json").exists():
         return
     arguments = study.arguments(folder, steps, study.size.sft_rate)
