@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llm_dynamics.callbacks.squeezing_alert import SqueezingAlert
     from llm_dynamics.callbacks.watch import watch
     from llm_dynamics.callbacks.watch_config import WatchConfig
+    from llm_dynamics.frames import align, compare, delta, family_curves, token_curves
     from llm_dynamics.influence import LossTape, account_for_change, split_update
     from llm_dynamics.kernel import token_kernel
     from llm_dynamics.likelihood import score_responses, squeezing_stats
@@ -33,13 +34,18 @@ __all__ = [
     "SqueezingAlert",
     "WatchConfig",
     "account_for_change",
+    "align",
+    "compare",
+    "delta",
     "encode_probes",
+    "family_curves",
     "load_run",
     "load_runs",
     "measure_lld",
     "score_responses",
     "split_update",
     "squeezing_stats",
+    "token_curves",
     "token_kernel",
     "watch",
     "write_report",
@@ -54,6 +60,7 @@ _FOLDERS = {
         "WatchConfig",
         "watch",
     ),
+    "frames": ("align", "compare", "delta", "family_curves", "token_curves"),
     "influence": ("LossTape", "account_for_change", "split_update"),
     "kernel": ("token_kernel",),
     "likelihood": ("score_responses", "squeezing_stats"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from llm_dynamics.cli.show import console, print_json
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def report(
@@ -33,32 +36,77 @@ def compare(
     runs: Annotated[list[str], typer.Argument(help="Run folders (a trainer's output_dir), or `name=folder`.")],
     per_token: Annotated[bool, typer.Option("--per-token", help="Nats per token rather than per response.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV on stdout, and nothing else there.")] = False,
 ) -> None:
     """Set runs side by side: how far each family moved from the first to the last observation.
 
+    Then how much further than in the first run, over the probes that both watch, with 95% intervals over prompts.
+
     Example: `llm-dynamics compare sft=runs/sft dpo=runs/dpo extend=runs/extend_dpo`
     """
-    import pandas as pd
-
-    from llm_dynamics.report import what_moved
+    from llm_dynamics import frames
     from llm_dynamics.runlog import load_runs
 
-    loaded = load_runs(_named_runs(runs))
-    moved = pd.concat([what_moved(run).assign(run=name) for name, run in loaded.runs.items()], ignore_index=True)
+    _only_one(as_json, as_csv)
+    compared = frames.compare(load_runs(_named_runs(runs)), per_token=per_token)
     if as_json:
-        print_json(moved[["run", *(name for name in moved.columns if name != "run")]])
-        return
-    value = "delta_per_token" if per_token else "delta"
-    table = Table(
-        title=f"Change of log-prob, nats per {'token' if per_token else 'response'}, first to last observation"
-    )
-    table.add_column("family", style="bold", no_wrap=True)
-    for name in loaded.runs:
-        table.add_column(name, justify="right")
-    for family, rows in moved.groupby("family", sort=False):
-        by_run = rows.set_index("run")[value]
-        table.add_row(str(family), *(_signed(by_run.get(name), 2 if per_token else 1) for name in loaded.runs))
-    console.print(table)
+        print_json(compared)
+    elif as_csv:
+        print(compared.to_csv(index=False), end="")
+    else:
+        for table in _compared_tables(compared, per_token):
+            console.print(table)
+
+
+def _only_one(as_json: bool, as_csv: bool) -> None:
+    """Refuse two forms of output at once.
+
+    Raises:
+        ValueError: Where both are asked for.
+    """
+    if as_json and as_csv:
+        raise ValueError("--json and --csv were both given; stdout takes one of them")
+
+
+def _compared_tables(compared: pd.DataFrame, per_token: bool) -> Iterator[Table]:
+    """Yield the changes of all runs and, where probes are shared with the first run, the differences to it."""
+    unit, digits = ("token", 2) if per_token else ("response", 1)
+    names = list(dict.fromkeys(compared["run"]))
+    changes = Table(title=f"Change of log-prob, nats per {unit}, first to last observation")
+    gaps = Table(title=f"Change minus that in {names[0]}, nats per {unit}, paired by probe; 95% interval over prompts")
+    changes.add_column("family", style="bold", no_wrap=True)
+    gaps.add_column("family", style="bold", no_wrap=True)
+    paired = [name for name in names[1:] if compared.loc[compared["run"] == name, "n_paired"].any()]
+    for table, columns in ((changes, names), (gaps, paired)):
+        for name in columns:
+            table.add_column(Text(name), justify="right")
+    for family, rows in compared.groupby("family", sort=False):
+        by_run = rows.set_index("run")
+        moved = by_run["delta_per_token" if per_token else "delta"]
+        changes.add_row(str(family), *(_signed(moved.get(name), digits) for name in names))
+        gaps.add_row(str(family), *(_gap(by_run, name, digits) for name in paired))
+    yield changes
+    if paired:
+        gaps.caption = _shared_note(compared, paired)
+        yield gaps
+
+
+def _gap(by_run: pd.DataFrame, name: str, digits: int) -> Text:
+    if name not in by_run.index:
+        return Text("–")
+    gap, low, high = (float(by_run[column][name]) for column in ("difference", "difference_low", "difference_high"))
+    text = _signed(gap, digits)
+    return text if low != low else Text.assemble(text, f" [{low:+.{digits}f}, {high:+.{digits}f}]")
+
+
+def _shared_note(compared: pd.DataFrame, paired: list[str]) -> str | None:
+    """Say of how many probes the differences are, where not of all."""
+    from llm_dynamics.frames import ARGMAX
+
+    probes = compared[compared["family"] != ARGMAX]
+    counts = probes.groupby("run", sort=False)[["n_paired", "n_probes"]].sum()
+    told = [f"{name}: {n} of its {all_} probes" for name, n, all_ in counts.loc[paired].itertuples() if n < all_]
+    return "; ".join(told) or None
 
 
 def _signed(value: float | None, digits: int) -> Text:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pandas as pd
 
 from llm_dynamics.frames.order import ARGMAX, ordered
+from llm_dynamics.frames.statistics import read_sums
 from llm_dynamics.runlog import RunLog
 
 MOVED_COLUMNS = ("family", "n_probes", "start", "end", "delta", "delta_per_token", "n_nonfinite")
@@ -25,19 +28,52 @@ def what_moved(run: RunLog) -> pd.DataFrame:
         `n_nonfinite`, probes whose start or end is NaN, infinite or missing. Those are left out of the means. Empty
         where nothing was observed.
     """
-    sequences = run.sequences
+    rows = [moved_row(family, probes) for family, probes in moved_probes(read_sums(run, ["logp", "argmax_logp"]))]
+    return pd.DataFrame(rows, columns=list(MOVED_COLUMNS))
+
+
+def moved_probes(sequences: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the probes of each family, in canonical order and then `argmax`, with their first and last values.
+
+    Args:
+        sequences: Columns `step`, `probe_id`, `prompt_id`, `family`, `n_tokens`, `logp_sum` and `argmax_logp_sum`.
+
+    Yields:
+        The family, and a frame by `probe_id` of every probe that was ever seen: `prompt_id`, `n_tokens`, `start`,
+        `end` (nats, NaN where the probe is missing there), `change` and `kept`: whether both are finite.
+    """
     if sequences.empty:
-        return pd.DataFrame(columns=list(MOVED_COLUMNS))
+        return
     columns = ["logp_sum", "argmax_logp_sum"]
     by_probe = sequences.sort_values("step").set_index("probe_id")
     start = by_probe.loc[by_probe["step"] == by_probe["step"].min(), columns].add_suffix("_start")
     end = by_probe.loc[by_probe["step"] == by_probe["step"].max(), columns].add_suffix("_end")
     # every probe that was ever seen has a row, so that one that is missing at an end is counted as left out
-    probes = by_probe.groupby(level=0)[["family", "n_tokens"]].first().join([start, end])
-    rows = [_moved(family, probes[probes["family"] == family], "logp_sum") for family in ordered(probes["family"])]
+    probes = by_probe.groupby(level=0)[["family", "prompt_id", "n_tokens"]].first().join([start, end])
+
+    def ends(own: pd.DataFrame, column: str) -> pd.DataFrame:
+        frame = own[["prompt_id", "n_tokens"]].assign(start=own[f"{column}_start"], end=own[f"{column}_end"])
+        kept = np.isfinite(frame["start"]) & np.isfinite(frame["end"])
+        return frame.assign(change=frame["end"] - frame["start"], kept=kept)
+
+    for family in ordered(probes["family"]):
+        yield family, ends(probes[probes["family"] == family], "logp_sum")
     chosen = probes[probes["family"] == "chosen"]
-    rows.append(_moved(ARGMAX, probes if chosen.empty else chosen, "argmax_logp_sum"))
-    return pd.DataFrame(rows, columns=list(MOVED_COLUMNS))
+    yield ARGMAX, ends(probes if chosen.empty else chosen, "argmax_logp_sum")
+
+
+def moved_row(family: str, probes: pd.DataFrame) -> tuple[str, int, float, float, float, float, int]:
+    """Return the row of `what_moved` of one family; see `MOVED_COLUMNS` and `moved_probes`."""
+    kept = probes[probes["kept"]]
+    return (
+        family,
+        len(probes),
+        float(kept["start"].mean()),
+        float(kept["end"].mean()),
+        float(kept["change"].mean()),
+        float((kept["change"] / kept["n_tokens"]).mean()),
+        len(probes) - len(kept),
+    )
 
 
 def margin_path(run: RunLog) -> tuple[float, float]:
@@ -47,7 +83,7 @@ def margin_path(run: RunLog) -> tuple[float, float]:
         Mean over prompts that have both, of the mean summed log-prob of chosen minus that of rejected, nats; pairs
         that are not finite are left out.
     """
-    frame = run.sequences
+    frame = read_sums(run, ["logp"])
     values = []
     for step in (frame["step"].min(), frame["step"].max()):
         seen = frame[frame["step"] == step]
@@ -57,18 +93,3 @@ def margin_path(run: RunLog) -> tuple[float, float]:
         margins = sides[0] - sides[1]
         values.append(float(margins[np.isfinite(margins)].mean()))
     return values[0], values[1]
-
-
-def _moved(family: str, probes: pd.DataFrame, column: str) -> tuple[str, int, float, float, float, float, int]:
-    start, end = probes[f"{column}_start"], probes[f"{column}_end"]
-    kept = np.isfinite(start) & np.isfinite(end)
-    change = (end - start)[kept]
-    return (
-        family,
-        len(probes),
-        float(start[kept].mean()),
-        float(end[kept].mean()),
-        float(change.mean()),
-        float((change / probes["n_tokens"][kept]).mean()),
-        int((~kept).sum()),
-    )

@@ -36,7 +36,7 @@ def squeezing_curves(run: RunLog) -> pd.DataFrame:
         Columns `step`, `family`, the names of `SQUEEZING`, and `n_nonfinite`: probes left out of at least one of the
         statistics that were measured. A statistic that was not measured is NaN throughout.
     """
-    sequences = run.sequences
+    sequences = run.columns("sequences", ["step", "family", "n_tokens", *(f"{name}_sum" for name in SQUEEZING)])
     if sequences.empty:
         return pd.DataFrame(columns=["step", "family", *SQUEEZING, "n_nonfinite"])
     frame = sequences[["step", "family"]].copy()

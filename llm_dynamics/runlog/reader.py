@@ -145,7 +145,7 @@ class RunLog:
         """Return some columns of a table; the others are not read (where the table is in memory, it is used).
 
         Args:
-            table: A name in `schema.TABLES`.
+            table: A name in `schema.TABLES`, or "probes".
             names: Columns that the schema names.
 
         Returns:
@@ -153,6 +153,8 @@ class RunLog:
         """
         if table in self.__dict__:
             return self.__dict__[table][list(names)]
+        if table == "probes":
+            return read_part(self.path / schema.PROBES_FILE, schema.PROBES, names).to_pandas()
         return self._read(table, names)
 
     def parts(
