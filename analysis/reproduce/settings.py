@@ -7,7 +7,7 @@ What the paper (Ren and Sutherland, arXiv 2407.10490, and its released code) doe
 | model | Pythia and Qwen1.5, 0.4B to 2.8B, pre-trained | SmolLM2-135M-Instruct, all weights | any, `--model` |
 | pairs | 5,000 of HH helpful-base | 64 of the 500 released probe rows | 440 of them |
 | watched | 500 of the training prompts | 10 | 100 |
-| epochs of SFT, of SFT on both, of DPO | 4, 4, 4 | 4, 3, 2 | 4, 4, 4 |
+| epochs of SFT, of SFT on both, of DPO | 4, 4, 4 | 4, 2, 2 | 4, 4, 4 |
 | optimizer | RMSprop, batch 4, clip 10 | same | same |
 | learning rate | 5e-7 | 1e-5 in SFT, 5e-6 in DPO | same as `cpu` |
 | steps of warm-up | 150 | 8 | 8 |
@@ -50,7 +50,8 @@ class Size:
         sft_epochs: Epochs of SFT.
         extend_epochs: Epochs of SFT on both responses, which are twice as long.
         dpo_epochs: Epochs of DPO.
-        observations: Observations per run, the first not counted.
+        observations: Observations of SFT, the first not counted.
+        later_observations: Observations of each later run of the chain, the first not counted.
         cell_steps: DPO steps of a cell of the attribution, each explained.
         cell_prompts: Prompts that a cell explains.
         sft_rate: Learning rate of SFT.
@@ -66,6 +67,7 @@ class Size:
     extend_epochs: int
     dpo_epochs: int
     observations: int
+    later_observations: int
     cell_steps: int
     cell_prompts: int
     sft_rate: float = 1e-5
@@ -74,9 +76,9 @@ class Size:
 
 
 SIZES = {
-    "quick": Size(8, 3, 10**6, 10**6, 2, 2, 2, 2, 2, 2, sft_rate=1e-3, dpo_rate=1e-3, warmup=1),
-    "cpu": Size(64, 10, 96, 64, 4, 3, 2, 8, 8, 6),
-    "full": Size(440, 100, 512, 256, 4, 4, 4, 20, 24, 32),
+    "quick": Size(8, 3, 10**6, 10**6, 2, 2, 2, 2, 2, 2, 2, sft_rate=1e-3, dpo_rate=1e-3, warmup=1),
+    "cpu": Size(64, 10, 96, 64, 4, 2, 2, 8, 4, 8, 6),
+    "full": Size(440, 100, 512, 256, 4, 4, 4, 20, 20, 24, 32),
 }
 
 BATCH = 4

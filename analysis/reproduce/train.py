@@ -144,7 +144,8 @@ def train_sft(study: Study, name: str, rows: list[Row], epochs: int, parts: Sequ
         train_dataset=Dataset.from_list(rows),
         processing_class=study.tokenizer,
     )
-    watch(trainer, study.rows.probes, max(1, steps // study.size.observations), reference="none", seed=study.seed)
+    watched = study.size.observations if name == "sft" else study.size.later_observations
+    watch(trainer, study.rows.probes, max(1, steps // watched), reference="none", seed=study.seed)
     _train(trainer, study, name)
     for part in parts:
         kept = study.folder / f"{name}@{part}"
@@ -163,7 +164,7 @@ def train_dpo(study: Study, name: str, start: str) -> None:
     trainer = _dpo_trainer(
         study, study.folder / start, study.rows.pairs, study.arguments(folder, steps, study.size.dpo_rate)
     )
-    watch(trainer, study.rows.probes, max(1, steps // study.size.observations), reference="none", seed=study.seed)
+    watch(trainer, study.rows.probes, max(1, steps // study.size.later_observations), reference="none", seed=study.seed)
     _train(trainer, study, name)
     (folder / "finished").touch()
 
