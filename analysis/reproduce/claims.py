@@ -21,10 +21,9 @@ import numpy as np
 import pandas as pd
 
 from llm_dynamics import load_run
-from llm_dynamics.report import family_curves
+from llm_dynamics.frames import family_curves, prompt_interval
 from llm_dynamics.runlog import RunLog
 
-DRAWS = 2000
 ARGMAX = "argmax (chosen prefix)"
 REPHRASES = ("chosen_semantic", "rejected_semantic", "chosen_format", "rejected_format")
 
@@ -51,6 +50,12 @@ class Finding:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, holds: bool, seen: str, values: pd.Series) -> Finding:
+        """Return a finding whose number is the mean of `values`, one for each prompt."""
+        interval = prompt_interval(values, pd.Series(values.index, index=values.index))
+        return cls(bool(holds), seen, float(values.mean()), *interval)
+
 
 class Chain:
     """The four runs of one seed."""
@@ -59,7 +64,6 @@ class Chain:
         self.runs: dict[str, RunLog] = {
             name: load_run(folder / name) for name in ("sft", "dpo", "extend", "extend_dpo")
         }
-        self.draws = np.random.default_rng(0)
 
     def changes(self, run: str, family: str, start: int = 0, end: int = -1) -> pd.Series:
         """Return the change of each prompt's probe of a family between two observations, counted as in a list."""
@@ -83,12 +87,6 @@ class Chain:
             raise NotWatchedError(family)
         return own.sort_values("step")["mean"].to_numpy()
 
-    def decide(self, holds: bool, seen: str, values: pd.Series) -> Finding:
-        """Return a finding whose number is the mean of `values` over prompts."""
-        sample = values.to_numpy()
-        means = sample[self.draws.integers(len(sample), size=(DRAWS, len(sample)))].mean(axis=1)
-        return Finding(bool(holds), seen, float(sample.mean()), *map(float, np.quantile(means, [0.025, 0.975])))
-
 
 # ---- the claims -----------------------------------------------------------------------------------------------------
 
@@ -97,7 +95,7 @@ def _rises_throughout(chain: Chain) -> Finding:
     curve = chain.curve("sft", "chosen")
     rising = int((np.diff(curve) > 0).sum())
     seen = f"{curve[-1]:+.1f}; rose in {rising} of {len(curve) - 1} intervals"
-    return chain.decide(rising == len(curve) - 1, seen, chain.changes("sft", "chosen"))
+    return Finding.of(rising == len(curve) - 1, seen, chain.changes("sft", "chosen"))
 
 
 def _bell(chain: Chain, family: str) -> tuple[bool, float, float, int]:
@@ -109,7 +107,7 @@ def _bell(chain: Chain, family: str) -> tuple[bool, float, float, int]:
 def _rejected_bell(chain: Chain) -> Finding:
     holds, rise, fall, peak = _bell(chain, "rejected")
     seen = f"{rise:+.1f} up to observation {peak}, then {fall:+.1f}"
-    return chain.decide(holds, seen, chain.changes("sft", "rejected", start=peak))
+    return Finding.of(holds, seen, chain.changes("sft", "rejected", start=peak))
 
 
 def _rephrases_bell(chain: Chain) -> Finding:
@@ -122,13 +120,13 @@ def _rephrases_bell(chain: Chain) -> Finding:
         f"{family} {rise:+.1f} then {fall:+.1f}" for family, (_, rise, fall, _) in bells.items()
     )
     falls = [chain.changes("sft", family, start=bell[3]) for family, bell in bells.items()]
-    return chain.decide(n_bells == len(present), seen, sum(falls) / len(falls))
+    return Finding.of(n_bells == len(present), seen, sum(falls) / len(falls))
 
 
 def _moves(run: str, family: str, sign: int) -> Callable[[Chain], Finding]:
     def claim(chain: Chain) -> Finding:
         changes = chain.changes(run, family)
-        return chain.decide(sign * changes.mean() > 0, f"{changes.mean():+.1f}", changes)
+        return Finding.of(sign * changes.mean() > 0, f"{changes.mean():+.1f}", changes)
 
     return claim
 
@@ -139,14 +137,14 @@ def _falls_fastest(chain: Chain) -> Finding:
     next_one = min(means, key=lambda family: means[family])
     seen = f"{rejected:+.1f}; next {next_one} {means[next_one]:+.1f}"
     gap = chain.changes("dpo", "rejected") - chain.changes("dpo", next_one)
-    return chain.decide(rejected < min(0.0, means[next_one]), seen, gap)
+    return Finding.of(rejected < min(0.0, means[next_one]), seen, gap)
 
 
 def _most_fall(chain: Chain) -> Finding:
     others = [family for family in chain.families("dpo") if family not in ("chosen", "rejected")]
     changes = [chain.changes("dpo", family) for family in others]
     fell = sum(own.mean() < 0 for own in changes)
-    return chain.decide(
+    return Finding.of(
         fell >= 0.8 * len(others), f"{fell} of {len(others)} other families fell", sum(changes) / len(others)
     )
 
@@ -154,14 +152,14 @@ def _most_fall(chain: Chain) -> Finding:
 def _chosen_falls_more_slowly(chain: Chain) -> Finding:
     chosen, rejected = (chain.changes("dpo", family) for family in ("chosen", "rejected"))
     seen = f"chosen {chosen.mean():+.1f}, rejected {rejected.mean():+.1f}"
-    return chain.decide(rejected.mean() < chosen.mean() < 0, seen, chosen)
+    return Finding.of(rejected.mean() < chosen.mean() < 0, seen, chosen)
 
 
 def _only_argmax_rises(chain: Chain) -> Finding:
     greedy = chain.changes("dpo", ARGMAX)
     rose = [family for family in chain.families("dpo") if chain.changes("dpo", family).mean() > 0]
     seen = f"argmax {greedy.mean():+.1f}; families that rose: {', '.join(rose) or 'none'}"
-    return chain.decide(greedy.mean() > 0 and not rose, seen, greedy)
+    return Finding.of(greedy.mean() > 0 and not rose, seen, greedy)
 
 
 def _smaller_drops(chain: Chain) -> Finding:
@@ -172,12 +170,12 @@ def _smaller_drops(chain: Chain) -> Finding:
         f"{family} {chain.changes('dpo', family).mean():+.1f} against {chain.changes('extend_dpo', family).mean():+.1f}"
         for family in ("chosen", "rejected")
     )
-    return chain.decide(smaller == len(families), seen, sum(gains.values()) / len(families))
+    return Finding.of(smaller == len(families), seen, sum(gains.values()) / len(families))
 
 
 def _argmax_rises_less(chain: Chain) -> Finding:
     plain, extended = (chain.changes(run, ARGMAX) for run in ("dpo", "extend_dpo"))
-    return chain.decide(
+    return Finding.of(
         extended.mean() < plain.mean(), f"{plain.mean():+.1f} against {extended.mean():+.1f}", extended - plain
     )
 
@@ -185,7 +183,7 @@ def _argmax_rises_less(chain: Chain) -> Finding:
 def _extend_lifts_rejected(chain: Chain) -> Finding:
     plain, extended = (chain.changes(run, "rejected") for run in ("sft", "extend"))
     seen = f"{plain.mean():+.1f} in SFT, {extended.mean():+.1f} in extended SFT"
-    return chain.decide(extended.mean() > plain.mean(), seen, extended - plain)
+    return Finding.of(extended.mean() > plain.mean(), seen, extended - plain)
 
 
 CLAIMS: tuple[tuple[str, str, Callable[[Chain], Finding]], ...] = (
