@@ -129,7 +129,7 @@ def _on_grid(
         values[rows[kept], cols[kept]] = frame[column].to_numpy(dtype=float)[kept]
         with np.errstate(invalid="ignore"):  # of an infinity minus another
             line = np.where(exact[:, None], 0.0, (values[right] - values[left]) * share)
-        return (values[left] + line).ravel()  # (G * P,)
+            return (values[left] + line).ravel()  # (G * P,)
 
     stages = frame.drop_duplicates("step").set_index("step")["stage"].reindex(place.index[left])
     lengths = frame.drop_duplicates("probe_id").set_index("probe_id")["n_tokens"]
