@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm_dynamics import _trl
 from llm_dynamics.callbacks.finished_step import FinishedStep
+from llm_dynamics.callbacks.influence_maps import account_of_tokens
 from llm_dynamics.callbacks.influence_settings import InfluenceSettings
 from llm_dynamics.callbacks.metrics import finite_only
 from llm_dynamics.callbacks.moment_file import load_history, save_history
@@ -120,7 +121,7 @@ class InfluenceCallback(TrainerCallback):
         """Note in the run log what will be explained."""
         if self.history is not None:
             self._begin_history(state)
-        if self.watcher.split.backbone is None and (self.settings.training_tokens or self.settings.map_probes):
+        if self.watcher.split.backbone is None and (self.settings.training_tokens or self.settings.mapped):
             logger.warning(
                 "%s computes its logits in an unknown way: training batches cannot be replayed, so no training tokens "
                 "and no own shares are told",
@@ -272,9 +273,11 @@ class InfluenceCallback(TrainerCallback):
         )
         with keeping_rope(model):
             probes = account_of_probes(step, self.settings.detail)
-            tokens = self._training_tokens(step, number)
+            tokens, told = self._training_tokens(step, number), probes.tokens
+            if told is None and tokens is not None and tokens.maps is not None:
+                told = account_of_tokens(step, self.settings.mapped)
         return {
-            "tables": self._tables(probes, tokens),
+            "tables": self._tables(probes, tokens, told),
             "account": {
                 "rule": self.settings.rule,
                 "explained": probes.explained,
@@ -290,10 +293,9 @@ class InfluenceCallback(TrainerCallback):
     def _training_tokens(self, step: FinishedStep, number: int) -> TokenAccount | None:
         settings = self.settings
         targets = list(settings.training_tokens or ())
-        if not (targets or settings.map_probes) or rule_for(innermost(self.trainer.optimizer)) is None:
+        untold = not (targets or settings.mapped) or rule_for(innermost(self.trainer.optimizer)) is None
+        if untold or step.split.backbone is None:  # batches that cannot be replayed: see `on_train_begin`
             return None
-        if step.split.backbone is None:
-            return None  # its batches cannot be replayed, see `on_train_begin`
         if sum_over_processes(np.array([len(step.tape.batches)]))[0] == 0:
             return None  # a step without a loss
         accountant = TokenAccountant(
@@ -301,7 +303,7 @@ class InfluenceCallback(TrainerCallback):
         )
         families = [target for target in targets if target in step.counts]
         probes = [target for target in targets if target not in (settings.families or ())]
-        tokens = accountant.account(families, probes, settings.map_probes, tables=settings.tells_tokens(number))
+        tokens = accountant.account(families, probes, settings.mapped, tables=settings.tells_tokens(number))
         coarse = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in step.model.parameters())
         allowed = REPLAY_TOLERANCE["bf16" if coarse else self.trainer.accelerator.mixed_precision]
         if tokens.replay_error > allowed:
@@ -319,23 +321,17 @@ class InfluenceCallback(TrainerCallback):
             prompts.setdefault(probe.prompt_ids, prompt_id)
         return prompts
 
-    def _tables(self, probes: ProbeAccount, tokens: TokenAccount | None) -> dict[str, pd.DataFrame]:
+    def _tables(
+        self, probes: ProbeAccount, tokens: TokenAccount | None, told: pd.DataFrame | None
+    ) -> dict[str, pd.DataFrame]:
         influence = probes.influence
-        tables = {"influence": influence}
-        if probes.tokens is not None:
-            tables["influence_tokens"] = probes.tokens
+        tables = {"influence": influence, "influence_tokens": told}
         if tokens is not None:
             if self.settings.detail == "family":
-                keys = zip(influence["family"], influence["cause"], strict=True)
-                own = pd.Series([tokens.own.get(key) for key in keys], dtype=object)  # None: not measured
-                tables["influence"] = influence.assign(own_share=own)
-            told = {
-                "training_examples": tokens.examples,
-                "training_tokens": tokens.tokens,
-                "influence_maps": tokens.maps,
-            }
-            tables |= {name: frame for name, frame in told.items() if frame is not None}
-        return tables
+                own = [tokens.own.get(key) for key in zip(influence["family"], influence["cause"], strict=True)]
+                tables["influence"] = influence.assign(own_share=pd.Series(own, dtype=object))  # None: not measured
+            tables |= tokens.tables
+        return {name: frame for name, frame in tables.items() if frame is not None}
 
 
 def _shares(probes: ProbeAccount) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from llm_dynamics.callbacks.influence_maps import AUTO, pick_map_probes
 from llm_dynamics.callbacks.probe_account import DETAILS
 from llm_dynamics.influence import RULES
 from llm_dynamics.influence.tape import Labelling
@@ -29,8 +30,10 @@ class InfluenceSettings:
             the training batch each; None: "chosen" and "rejected" where they are accounted for, else the first family.
             () for none. For these families, `own_share` says what examples with a probe's own prompt did.
         tokens_every: Tell training tokens apart at the first step and every `tokens_every * every` steps.
-        map_probes: Probe ids for which the M x L influence between probe tokens and the tokens of the training example
-            that moved it most is kept; one gradient and one pass over that example per probe token.
+        map_probes: Probes for which the M x L influence between their tokens and the tokens of the training example
+            that moved them most is kept, at the steps of `tokens_every`; one gradient and one pass over that example
+            per probe token. Probe ids; or how many, in turn from "chosen" and "rejected" (else from the first family);
+            or "auto": one of each. Of their tokens `influence_tokens` is kept too, whatever the detail.
         split_by: "sign" of c_l (causes `up`, `down`), "role" (chosen/rejected, correct/wrong, ...) or a labelling.
         history: "total", or "split": momentum is itself split by the labels of the past tokens that filled it, which
             takes the tap at every step. Checkpoints keep that split; a run resumed from one without it leaves what is
@@ -48,7 +51,7 @@ class InfluenceSettings:
     families: Sequence[str] | None = None
     training_tokens: Sequence[str] | None = None
     tokens_every: int = 1
-    map_probes: Sequence[str] = ()
+    map_probes: Sequence[str] | int = ()
     split_by: str | Labelling = "sign"
     history: str = "total"
     compare_gradient: bool = False
@@ -58,6 +61,9 @@ class InfluenceSettings:
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"{name} is {number!r}; allowed: 1, 2, ...")
+        maps = self.map_probes
+        if isinstance(maps, bool | str | int) and maps != AUTO and (isinstance(maps, bool | str) or maps < 0):
+            raise ValueError(f'map_probes is {maps!r}; allowed: a list of probe ids, a number from 0, or "{AUTO}"')
         _check_choice("rule", self.rule, RULES)
         _check_choice("detail", self.detail, DETAILS)
         _check_choice("history", self.history, ("total", "split"))
@@ -70,6 +76,9 @@ class InfluenceSettings:
         Args:
             probes: The probes table: probe_id, family.
 
+        Returns:
+            The settings; `map_probes` is a list of probe ids.
+
         Raises:
             ValueError: For families or probes that are not watched.
         """
@@ -77,18 +86,24 @@ class InfluenceSettings:
         families = watched if self.families is None else list(self.families)
         if not families:
             raise ValueError(f"families is empty: name some of {watched}, or None for all")
-        targets = self.training_tokens
-        if targets is None:
-            targets = [family for family in DEFAULT_TARGETS if family in families] or families[:1]
+        defaults = [family for family in DEFAULT_TARGETS if family in families] or families[:1]
+        targets = defaults if self.training_tokens is None else self.training_tokens
+        mapped = pick_map_probes(self.map_probes, probes, defaults)
         accounted = set(probes.loc[probes["family"].isin(families), "probe_id"])
         for name, given, allowed in (
             ("families", families, set(watched)),
             ("training_tokens", targets, set(families) | accounted),
-            ("map_probes", self.map_probes, accounted),
+            ("map_probes", mapped, accounted),
         ):
             if missing := [item for item in given if item not in allowed]:
                 raise ValueError(f"{name}: {missing} are not accounted for; those that are: {sorted(allowed)[:20]}")
-        return replace(self, families=families, training_tokens=list(targets), map_probes=list(self.map_probes))
+        return replace(self, families=families, training_tokens=list(targets), map_probes=mapped)
+
+    @property
+    def mapped(self) -> Sequence[str]:
+        """Ids of the probes whose maps are kept, of settings that `of_probes` returned."""
+        assert not isinstance(self.map_probes, int | str)
+        return self.map_probes
 
     def describe(self) -> dict[str, Any]:
         """Return what `meta.json` says of them."""

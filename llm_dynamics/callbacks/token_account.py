@@ -37,6 +37,11 @@ class TokenAccount:
     own: Mapping[tuple[str, str], float]
     replay_error: float
 
+    @property
+    def tables(self) -> dict[str, pd.DataFrame | None]:
+        """The tables by name."""
+        return {"training_examples": self.examples, "training_tokens": self.tokens, "influence_maps": self.maps}
+
 
 class TokenAccountant:
     """Accounts for a step by its training tokens.
