@@ -25,7 +25,7 @@ ALLOWED = {
     "frames": {"runlog"},
     "report": {"runlog", "frames", "likelihood"},
     "callbacks": {"_trl", "probes", "likelihood", "kernel", "influence", "rollouts", "runlog", "frames", "report"},
-    "cli": {"probes", "kernel", "frames", "report", "runlog", "posthoc", "demo"},
+    "cli": {"probes", "likelihood", "kernel", "frames", "report", "runlog", "posthoc", "demo"},
     "posthoc": {"probes", "likelihood", "kernel", "runlog", "callbacks"},
     "trainers": {"_trl", "probes", "likelihood", "kernel", "influence", "rollouts", "runlog", "report", "callbacks"},
     "_trl": set(),

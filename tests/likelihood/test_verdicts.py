@@ -21,7 +21,7 @@ NAMES = [
     "first-order account", "probes and log",
 ]  # fmt: skip
 SEQUENCES = ["step", "probe_id", "prompt_id", "family", "n_tokens", "n_nonfinite", "logp_sum", "argmax_logp_sum",
-             "collision_sum"]  # fmt: skip
+             "collision_sum", "tau0_sum"]  # fmt: skip
 
 
 def empty(table):
@@ -39,11 +39,11 @@ class Tables:
     displacements: pd.DataFrame = field(default_factory=lambda: empty(DISPLACEMENTS))
 
 
-def observed(values, *, greedy=(-6.0, -4.0), collision=(0.5, 0.75), n_tokens=4, steps=(0, 10)):
+def observed(values, *, greedy=(-6.0, -4.0), collision=(0.5, 0.75), tau0=0.25, n_tokens=4, steps=(0, 10)):
     """The sequences table of `{"family-prompt": (log-prob at each step)}`; None: the probe is not observed then."""
     rows = [
         [step, name, name.rsplit("-", 1)[1], name.rsplit("-", 1)[0], n_tokens, 0, logp[place], greedy[place],
-         n_tokens * collision[place]]
+         n_tokens * collision[place], n_tokens * tau0]
         for name, logp in values.items() for place, step in enumerate(steps) if logp[place] is not None
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=SEQUENCES)
@@ -57,6 +57,9 @@ def verdict(name, run):
         assert own.status in ("found", "clear", "unknown")
         assert all((own.question.endswith("?"), own.evidence, own.threshold, own.remedy))
         assert "nan" not in own.evidence.split()
+        assert own.agreement is None or 0 <= own.agreement <= 1
+        assert own.agreement is None or own.status != "unknown"
+        assert ("unsure" in own.evidence) is (own.agreement is not None and own.agreement < 0.95)
     return next(own for own in verdicts if own.name == name)
 
 
@@ -79,6 +82,8 @@ def displaced(chosen, rejected=-8.0):
         ((-1.0, -1.0, -1.0, 0.5), -0.5, "clear"),  # the margin fell: -0.625 + 0.5
         ((1.0, 1.0), -8.0, "clear"),
         ((0.0, 0.0), -8.0, "clear"),  # did not move
+        ((-0.0099, -0.0099), -8.0, "clear"),  # a response that loses 1% of its probability has not moved
+        ((-0.0101, -0.0101), -8.0, "found"),
     ],
 )
 def test_displacement_is_chosen_that_falls_while_its_margin_grows(chosen, rejected, status):
@@ -86,9 +91,9 @@ def test_displacement_is_chosen_that_falls_while_its_margin_grows(chosen, reject
 
 
 def test_displacement_gives_its_numbers():
-    evidence = verdict("likelihood displacement", displaced((-1.0, -1.0, -1.0, 0.5))).evidence
+    evidence = verdict("likelihood displacement", displaced((-1.0, -1.0, -1.5, -1.5))).evidence
     assert evidence == (
-        "chosen -0.62 nats on average, 3 of its 4 probes below their start; margin over rejected +7.38 nats"
+        "chosen -1.25 nats on average, 4 of its 4 probes below their start; margin over rejected +6.75 nats"
     )
 
 
@@ -146,7 +151,7 @@ def test_squeezing_is_mass_that_goes_into_the_greedy_tokens_while_families_fall(
 
 def test_squeezing_gives_its_numbers():
     assert is_squeezing(fallen(4, 1))[1] == (
-        "4 of 5 families fell; the greedy tokens +2.00 nats; collision probability 0.5 to 0.75"
+        "4 of 5 families fell (not family4); the greedy tokens +2.00 nats; collision probability 0.5 to 0.75"
     )
 
 
@@ -164,7 +169,7 @@ def test_squeezing_compares_the_first_observation_with_the_last():
     frame = observed({"chosen-0": (-9.0, -1.0, -10.0)}, greedy=(-6.0, -9.0, -5.0), collision=(0.2, 0.1, 0.3),
                      steps=(5, 10, 200))  # fmt: skip
     assert is_squeezing(frame) == (
-        True, "1 of 1 families fell; the greedy tokens +1.00 nats; collision probability 0.2 to 0.3"
+        True, "1 of 1 family fell; the greedy tokens +1.00 nats; collision probability 0.2 to 0.3"
     )  # fmt: skip
     assert is_squeezing(frame.sample(frac=1, random_state=0)) == is_squeezing(frame)
 
@@ -209,10 +214,10 @@ def test_judging_leaves_the_tables_as_they_were():
 # ---- valley ---------------------------------------------------------------------------------------------------------
 
 
-def valley(*rates, trainer="DPOTrainer"):
+def valley(*rates, trainer="DPOTrainer", tau0=0.25):
     """Rejected probes of 4 tokens whose probability per token is each of `rates` at the start."""
     values = {f"rejected-{i}": (4 * math.log(rate) if rate else -math.inf, -1.0) for i, rate in enumerate(rates)}
-    return Tables({"trainer": trainer}, sequences=observed(values))
+    return Tables({"trainer": trainer}, sequences=observed(values, tau0=tau0))
 
 
 @pytest.mark.parametrize(
@@ -226,6 +231,20 @@ def valley(*rates, trainer="DPOTrainer"):
 )
 def test_valley_is_rejected_that_is_unlikely_at_the_first_observation(rates, status):
     assert verdict("valley", valley(*rates)).status == status
+
+
+@pytest.mark.parametrize(("tau0", "status"), [(0.001, "found"), (0.0, "clear"), (-0.1, "clear")])
+def test_a_model_that_is_sure_of_nothing_else_has_no_valley(tau0, status):
+    assert verdict("valley", valley(0.05, tau0=tau0)).status == status
+
+
+@pytest.mark.parametrize("bad", [math.nan, None], ids=str)
+def test_a_log_without_squeezing_statistics_is_judged_by_how_likely_rejected_is(bad):
+    run = valley(0.05)
+    run.sequences["tau0_sum"] = bad
+    found = verdict("valley", run)
+    assert found.status == "found"
+    assert "tau0" not in found.evidence
 
 
 @pytest.mark.parametrize(
@@ -243,7 +262,8 @@ def test_valley_is_not_asked_of_others(trainer):
 def test_valley_tells_what_it_left_out():
     found = verdict("valley", valley(0.05, 0))
     assert found.evidence == (
-        "rejected starts at 0.05 per token (geometric mean over 1 probe); left out: 1 of 2 rejected (not finite)"
+        "rejected starts at 0.05 per token (geometric mean over 1 probe); where a step pushes it down, tokens below "
+        "probability 0.250 fall with it (tau0 +0.250); left out: 1 of 2 rejected (not finite)"
     )
     assert verdict("valley", valley(0)).status == "unknown"
     assert verdict("valley", Tables(sequences=observed({"chosen-0": (-1.0, -1.0)}))).status == "unknown"
@@ -258,28 +278,58 @@ def test_a_response_without_tokens_is_left_out():
 # ---- hallucination transfer -----------------------------------------------------------------------------------------
 
 
-def transfer(chosen, other, trainer="SFTTrainer"):
+def transfer(chosen, other, held_out=None, trainer="SFTTrainer"):
     values = {"chosen-0": (-20.0, -20.0 + chosen), "other_train-0": (-40.0, -40.0 + other)}
+    if held_out is not None:
+        values["other_test-0"] = (-40.0, -40.0 + held_out)
     return Tables({"trainer": trainer}, sequences=observed(values))
 
 
 @pytest.mark.parametrize(
     ("chosen", "other", "status"),
-    [(8.0, 4.5, "found"), (8.0, 4.0, "clear"), (8.0, -4.0, "clear"), (-8.0, 4.0, "clear"), (0.0, 1.0, "clear")],
+    [(8.0, 2.5, "found"), (8.0, 2.0, "clear"), (8.0, -4.0, "clear"), (-8.0, 4.0, "clear"), (0.0, 1.0, "clear")],
 )
-def test_transfer_is_other_answers_that_rise_by_more_than_half_as_much(chosen, other, status):
+def test_transfer_is_other_answers_that_rise_by_more_than_a_quarter_as_much(chosen, other, status):
     assert verdict("hallucination transfer", transfer(chosen, other)).status == status
+
+
+@pytest.mark.parametrize(
+    ("other", "held_out", "status"),
+    [
+        (4.0, 1.0, "found"),  # 3 of 8
+        (4.0, 2.0, "clear"),  # a quarter
+        (4.0, 4.0, "clear"),  # form, which any answer shares
+        (4.0, -9.0, "found"),
+        (2.0, -9.0, "clear"),  # a fall of held-out answers is no rise of the others
+    ],
+)
+def test_what_held_out_answers_gain_as_well_is_not_transferred(other, held_out, status):
+    assert verdict("hallucination transfer", transfer(8.0, other, held_out)).status == status
 
 
 def test_transfer_is_per_token():
     run = transfer(8.0, 8.0)
-    assert verdict("hallucination transfer", run).evidence == "other_train +2.000 nats per token, chosen +2.000"
-    run.sequences.loc[run.sequences["family"] == "other_train", "n_tokens"] = 16
-    assert verdict("hallucination transfer", run).status == "clear"  # 0.5 against 2 nats per token
+    assert verdict("hallucination transfer", run).evidence == (
+        "other_train +2.000 nats per token, chosen +2.000: 100% of chosen's rise (form included: other_test is not "
+        "watched)"
+    )
+    assert verdict("hallucination transfer", transfer(8.0, 6.0, 2.0)).evidence == (
+        "other_train +1.500 nats per token, other_test +0.500, chosen +2.000: 50% of chosen's rise beyond what "
+        "held-out answers gain"
+    )
+    assert verdict("hallucination transfer", transfer(-8.0, 8.0)).evidence == (
+        "other_train +2.000 nats per token, chosen -2.000"
+    )
+    run.sequences.loc[run.sequences["family"] == "other_train", "n_tokens"] = 64
+    assert verdict("hallucination transfer", run).status == "clear"  # 0.125 against 2 nats per token
+
+
+def test_a_plain_trainer_with_the_families_of_sft_is_asked_too():
+    assert verdict("hallucination transfer", transfer(8.0, 8.0, trainer="Trainer")).status == "found"
 
 
 def test_transfer_is_unknown_elsewhere():
-    assert verdict("hallucination transfer", transfer(8.0, 8.0, "DPOTrainer")).evidence == "asked of SFT only"
+    assert verdict("hallucination transfer", transfer(8.0, 8.0, trainer="DPOTrainer")).evidence == "asked of SFT only"
     assert verdict("hallucination transfer", transfer(8.0, math.inf)).status == "unknown"
     alone = Tables({"trainer": "SFTTrainer"}, sequences=observed({"chosen-0": (-2.0, -1.0)}))
     assert verdict("hallucination transfer", alone).evidence.startswith("needs the families chosen and other_train")
@@ -313,7 +363,7 @@ def test_lazy_counts_questions_of_steps_not_answers():
     run.displacements["step"] = [1, 1, 1, 1, 1, 2]
     found = verdict("lazy likelihood", run)  # means 2/3, 1, 1, 1
     assert found.status == "clear"
-    assert found.evidence == "correct answers did not rise in 0 of 4 mixed questions; Delta +0.917 nats"
+    assert found.evidence == "correct answers did not rise in 0 of 4 mixed questions; Delta +0.917 nats on average"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -331,9 +381,12 @@ def test_lazy_is_unknown_without_displacements():
 # ---- first-order account --------------------------------------------------------------------------------------------
 
 
-def accounts(*explained):
+def accounts(*explained, measured=1.0):
+    """Accounts of steps that moved the 4 tokens of one probe by `measured` nats (norm)."""
     rows = {"step": range(1, len(explained) + 1), "explained": explained, "learning_rate": 2e-4, "rule": "midpoint"}
-    return Tables(accounts=pd.DataFrame(rows))
+    return Tables(
+        sequences=observed({"chosen-0": (-2.0, -1.0)}), accounts=pd.DataFrame(rows).assign(measured_norm=measured)
+    )
 
 
 @pytest.mark.parametrize(
@@ -354,9 +407,23 @@ def test_accounts_without_a_number_do_not_decide():
     clear = verdict("first-order account", accounts(0.95, math.nan))
     assert clear.status == "clear"
     assert "lowest 0.9500 at step 1" in clear.evidence
-    assert clear.evidence.endswith("left out: 1 of 2 explained steps (not finite)")
+    assert clear.evidence.endswith("left out of 2 explained steps: 1 (not finite)")
     assert verdict("first-order account", accounts(math.nan)).status == "unknown"
     assert "influence=True" in verdict("first-order account", Tables()).evidence
+
+
+def test_steps_too_small_for_float32_are_left_out():
+    # 4 tokens: a norm of 2e-5 is 1e-5 nats per token
+    assert verdict("first-order account", accounts(0.1, measured=2.01e-5)).status == "found"
+    tiny = verdict("first-order account", accounts(0.1, 0.2, measured=1.99e-5))
+    assert tiny.status == "unknown"
+    assert "left out of 2 explained steps: 2 (too small to measure)" in tiny.evidence
+    mixed = verdict("first-order account", accounts(0.1, 0.99, measured=[1e-6, 1.0]))
+    assert (mixed.status, mixed.evidence) == (
+        "clear",
+        "0 of 1 explained step below; lowest 0.9900 at step 2 (learning rate 0.0002, rule midpoint); left out of 2 "
+        "explained steps: 1 (too small to measure)",
+    )
 
 
 def test_an_account_of_which_little_is_known_is_judged():
@@ -383,9 +450,10 @@ def test_a_log_without_problems_is_clear():
 @pytest.mark.parametrize(
     ("run", "evidence"),
     [
-        (watched(9), "1 of 1 families with fewer than 10 probes (chosen)"),
+        (watched(9), "fewer than 10 probes in 1 of 1 family (chosen): 9 in the smallest"),
         (watched(10, cut=2), "2 of 10 probes truncated"),
-        (watched(3, families=("a", "b")), "2 of 2 families with fewer than 10 probes (a, b)"),
+        (watched(3, families=("a", "b")), "fewer than 10 probes in 2 of 2 families (a, b): 3 in the smallest"),
+        (watched(3, families="abcd"), "fewer than 10 probes in 4 of 4 families: 3 in the smallest"),
         (Tables(), "no observation: nothing to compare"),
     ],
 )
@@ -402,7 +470,9 @@ def test_a_tenth_truncated_is_clear():
 def test_probes_that_are_not_finite_are_found(column):
     run = watched()
     run.sequences.loc[3, column] = 1 if column == "n_nonfinite" else -math.inf
-    assert verdict("probes and log", run).evidence == "1 probe with NaN or infinite tokens"
+    assert verdict("probes and log", run).evidence == (
+        "1 probe with NaN or infinite tokens, from step 10 on (1 of chosen)"
+    )
 
 
 def test_a_single_observation_is_found():
@@ -443,6 +513,47 @@ def test_exactly_four_fifths_of_the_families_is_enough(fifths):
     assert is_squeezing(fallen(4 * fifths - 1, fifths + 1))[0] is False
 
 
+# ---- how sure -------------------------------------------------------------------------------------------------------
+
+
+def test_a_decision_that_hangs_on_a_few_prompts_says_so():
+    sure = verdict("likelihood displacement", displaced([-1.0] * 12))
+    assert (sure.status, sure.agreement) == ("found", 1.0)
+    assert "unsure" not in sure.evidence
+    unsure = verdict("likelihood displacement", displaced([-1.0] * 7 + [1.0] * 5))
+    assert unsure.status == "found"  # 7 of 12, by -0.17 nats on average
+    assert 0.5 < unsure.agreement < 0.8
+    assert unsure.evidence.endswith(f"; unsure: {unsure.agreement:.0%} of resamples of its 12 prompts decide so")
+
+
+def test_probes_of_one_prompt_are_drawn_together():
+    # one prompt with many probes that rise, eleven with one that falls: as probes they are sure, as prompts not
+    changes = {f"chosen{i}-0": 1.0 for i in range(10)} | {f"chosen-{i}": -1.0 for i in range(1, 12)}
+    values = {name: (-20.0, -20.0 + change) for name, change in changes.items()}
+    values |= {f"rejected-{i}": (-30.0, -38.0) for i in range(12)}
+    sequences = observed(values)
+    sequences["family"] = sequences["family"].str.rstrip("0123456789")
+    crowded = verdict("likelihood displacement", Tables(sequences=sequences))
+    assert crowded.status == "found"
+    assert "11 of its 21 probes below" in crowded.evidence
+    assert 0.5 < crowded.agreement < 0.95
+
+
+def test_one_prompt_alone_has_no_spread():
+    assert verdict("likelihood displacement", displaced([-1.0])).agreement is None
+
+
+def test_questions_are_drawn_where_there_are_no_probes():
+    unsure = verdict("lazy likelihood", lazy(*[0.5] * 5, *[-0.5] * 2))
+    assert unsure.status == "found"  # 2 of 7
+    assert f"{unsure.agreement:.0%} of resamples of its 7 mixed questions decide so" in unsure.evidence
+
+
+def test_what_draws_nothing_has_no_agreement():
+    by_name = {own.name: own.agreement for own in judge(accounts(0.95))}
+    assert by_name["first-order account"] is by_name["probes and log"] is by_name["lazy likelihood"] is None
+
+
 # ---- real run logs --------------------------------------------------------------------------------------------------
 
 
@@ -454,7 +565,9 @@ def test_a_dpo_log_shows_displacement_and_squeezing(tmp_path):
     }  # fmt: skip
     assert "12 of 12 families fell" in by_name["squeezing"].evidence
     assert "left out: 1 of 12 other_test" in by_name["squeezing"].evidence
-    assert by_name["probes and log"].evidence == "1 probe with NaN or infinite tokens"
+    assert by_name["probes and log"].evidence == (
+        "1 probe with NaN or infinite tokens, from step 5 on (1 of other_test)"
+    )
     assert by_name["first-order account"].status == "clear"
     assert "24 explained steps" in by_name["first-order account"].evidence
 
@@ -488,11 +601,11 @@ def test_no_rule_raises_whatever_the_numbers(rows, trainer, scalars):
     sequences = [
         [step, name, name[-1], name[:-2], n_tokens, None, *values] for (name, step), (*values, n_tokens) in rows.items()
     ]
-    run = Tables({"trainer": trainer}, sequences=pd.DataFrame(sequences, columns=SEQUENCES))
+    run = Tables({"trainer": trainer}, sequences=pd.DataFrame(sequences, columns=SEQUENCES[:-1]).assign(tau0_sum=0.5))
     changes = pd.DataFrame(scalars, columns=["logp_before", "logp_after"])
     run.displacements = changes.assign(step=1, question=range(len(changes)))
     run.accounts = pd.DataFrame({"explained": [own for own, _ in scalars]}, dtype=float)
-    run.accounts = run.accounts.assign(step=1, learning_rate=None, rule=None)
+    run.accounts = run.accounts.assign(step=1, learning_rate=None, rule=None, measured_norm=1.0)
     verdict("squeezing", run)
 
 

@@ -106,7 +106,7 @@ def test_names_of_runs_and_families_are_escaped(hostile, tmp_path):
     text = write_report(load_runs({HOSTILE: hostile.path}), tmp_path / "report.html").read_text("utf-8")
     assert HOSTILE not in section(text)
     assert not {"img", "script"} & set(Outline(section(text)).tags)
-    assert HOSTILE in unescape(section(text)).split("families with fewer than 10 probes")[1]
+    assert HOSTILE in unescape(section(text)).split("fewer than 10 probes in 3 of 3 families")[1]
 
 
 def test_what_would_act_in_a_name_is_drawn_out(tmp_path):
