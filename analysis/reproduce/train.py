@@ -50,12 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--part", choices=["chain", "cells"], default="chain")
+    parser.add_argument("--cells", type=int, nargs="+", help="numbers of the cells to run; default: all")
     options = parser.parse_args(arguments)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     warnings.filterwarnings("ignore")
     study = Study.prepare(SIZES[options.size], options)
     begun = time.monotonic()
-    (run_chain if options.part == "chain" else run_cells)(study)
+    if options.part == "chain":
+        run_chain(study)
+    else:
+        run_cells(study, options.cells)
     print(f"seed {options.seed}, {options.part}: {time.monotonic() - begun:.0f} s")
 
 
@@ -169,9 +173,11 @@ def train_dpo(study: Study, name: str, start: str) -> None:
     (folder / "finished").touch()
 
 
-def run_cells(study: Study) -> None:
-    """Run the explained DPO runs."""
+def run_cells(study: Study, only: Sequence[int] | None = None) -> None:
+    """Run the explained DPO runs, or those of these numbers."""
     for number, cell in enumerate(CELLS):
+        if only is not None and number not in only:
+            continue
         folder = study.folder / "cells" / f"{number}"
         if (folder / "finished").exists():
             continue
@@ -183,7 +189,7 @@ def run_cells(study: Study) -> None:
         arguments = study.arguments(folder, study.size.cell_steps, cell.rate * study.size.dpo_rate)
         arguments["warmup_steps"] = min(2, study.size.warmup)
         trainer = _dpo_trainer(study, start, pairs, arguments)
-        explain = {"every": 1, "detail": "probe", "training_tokens": ()}
+        explain = {"every": 1, "detail": "probe", "families": ["chosen"], "training_tokens": ()}
         watch(trainer, probes, study.size.cell_steps, reference="none", influence=explain, seed=study.seed)
         _train(trainer, study, cell.name)
         (folder / "finished").touch()
