@@ -115,7 +115,7 @@ def draw_curves(axes: Axes, account: Account, observed: Digits, digits: tuple[in
     mean = account.curve[:, observed.of(own)].mean(1)  # (points, V)
     kinds = {own: "its own", like: "most alike", unlike: "least alike"}
     for (digit, kind), colour, dash in zip(kinds.items(), (BLUE, ORANGE, GREY), DASHES, strict=False):
-        axes.semilogy(account.steps, mean[:, digit], dash, color=colour, label=f"{digit} ({kind})")
+        axes.semilogy(account.steps, mean[:, digit].tolist(), dash, color=colour, label=f"{digit} ({kind})")
     for step, values in zip(account.steps, mean.tolist(), strict=True):
         for class_, value in enumerate(values):
             known = {"panel": "a", "step": step, "observed": own, "class": class_, "quantity": "p"}
@@ -152,7 +152,8 @@ def draw_wrong_classes(axes: Axes, account: Account, observed: Digits, digits: t
         shares = account.shares[:, observed.of(own), class_].mean(1)
         measured = float(account.measured[observed.of(own), class_].mean())
         label = f"log p({class_}), {kind}: {measured:+.1f}"
-        axes.bar(torch.arange(DIGITS) + 0.4 * (place - 0.5), shares, 0.38, color=colour, label=label)
+        where = [digit + 0.4 * (place - 0.5) for digit in range(DIGITS)]
+        axes.bar(where, shares.tolist(), 0.38, color=colour, label=label)
         known = {"panel": "c", "observed": own, "class": class_}
         rows.append({**known, "quantity": "measured change of log p", "value": measured})
         rows.append({**known, "quantity": "remainder", "value": measured - float(shares.sum())})

@@ -121,7 +121,7 @@ def draw_bars(axes: Axes, stage: Stage, trained: Digits, observed: Digits, rows:
         change = moved[observed.of(digit)].mean(0)
         where = torch.arange(DIGITS) + 0.27 * (place - 1)
         colour = (BLUE, ORANGE, GREY)[place]
-        axes.bar(where, change, 0.25, color=colour, label=f"{digit} ({name})")
+        axes.bar(where.numpy(), change.numpy(), 0.25, color=colour, label=f"{digit} ({name})")
         for class_, value in enumerate(change.tolist()):
             known = {"panel": "a", "step": stage.step, "eta": ETA, "trained": first, "observed": digit}
             rows.append({**known, "class": class_, "quantity": "change of p", "value": value})
@@ -136,7 +136,7 @@ def draw_scatter(axes: Axes, stage: Stage, rows: list[dict[str, object]]) -> Non
     """Draw panel (d): a seeded sample of all entries."""
     measured, predicted = stage.measured[ETA].flatten(), (ETA * stage.per_eta).flatten()
     some = torch.randperm(len(measured), generator=torch.Generator().manual_seed(0))[:POINTS]
-    axes.plot(predicted[some], measured[some], ".", ms=2, color=BLUE, alpha=0.5)
+    axes.plot(predicted[some].numpy(), measured[some].numpy(), ".", ms=2, color=BLUE, alpha=0.5)
     bound = [float(predicted[some].min()), float(predicted[some].max())]
     axes.plot(bound, bound, color="black", lw=0.7)
     axes.set(xlabel=r"predicted, $-\eta A K G$ (nats)", ylabel=r"measured $\Delta\log\pi$ (nats)")
@@ -158,7 +158,7 @@ def draw_orders(axes: Axes, stages: Sequence[Stage], rows: list[dict[str, object
             rows.append({**known, "quantity": "remainder", "value": error})
             rows.append({**known, "quantity": "change of log p", "value": size})
             rows.append({**known, "quantity": "explained", "value": stage.explained(eta)})
-        small = [eta for eta in etas if eta <= 0.01]
+        small = [eta for eta in etas if eta <= 1e-3]
         fits = {"slope of remainder": stage.error, "slope of change of log p": stage.size}
         for name, values in fits.items():
             fitted = slope(small, [values(eta) for eta in small])
@@ -176,7 +176,7 @@ def draw_likeness(
     pulled_log = by_digit(stage.measured[ETA].gather(2, label)[..., 0], trained, observed)
     norm = by_digit(stage.kernel_norm, trained, observed)
     other = ~torch.eye(DIGITS, dtype=torch.bool)
-    axes.plot(like[other], pulled[other], "o", color=BLUE, ms=3, alpha=0.8)
+    axes.plot(like[other].numpy(), pulled[other].numpy(), "o", color=BLUE, ms=3, alpha=0.8)
     axes.set(xlabel="correlation of mean images", ylabel="mean change of p(trained class)")
     axes.text(
         0.04, 0.9, f"rank correlation {rank_correlation(like, pulled):+.2f}", transform=axes.transAxes, fontsize=7

@@ -51,14 +51,15 @@ def draw_tokens(axes: Axes, name: str, setting: Setting) -> list[dict]:
     before = setting.logp.exp()
     stats = squeezing_stats(setting.logp[None], torch.tensor([setting.label]), strength=STRENGTH)
     order = before.argsort(descending=True)
-    x = torch.arange(V)
+    x = torch.arange(V).numpy()
     place = int((order == setting.label).nonzero())
-    rises = (after > before)[order]
-    axes.vlines(x, before[order], after[order], color=GREY, lw=0.6)
-    axes.semilogy(x, before[order], "_", color="black", ms=4, label="before")
-    axes.plot(x[rises], after[order][rises], "^", color=BLUE, ms=3, label=f"after: {int(rises.sum())} rise")
-    axes.plot(x[~rises], after[order][~rises], "v", color=ORANGE, ms=3, label=f"after: {int((~rises).sum())} fall")
-    axes.plot([place], [after[setting.label]], "v", color=RED, ms=5, label="the label y")
+    old, new = before[order].numpy(), after[order].numpy()
+    rises = new > old
+    axes.vlines(x, old, new, color=GREY, lw=0.6)
+    axes.semilogy(x, old, "_", color="black", ms=4, label="before")
+    axes.plot(x[rises], new[rises], "^", color=BLUE, ms=3, label=f"after: {rises.sum()} rise")
+    axes.plot(x[~rises], new[~rises], "v", color=ORANGE, ms=3, label=f"after: {(~rises).sum()} fall")
+    axes.plot([place], [float(after[setting.label])], "v", color=RED, ms=5, label="the label y")
     if stats.tau > 0:
         axes.axhline(float(stats.tau), color="black", lw=0.7, ls=":")
         axes.annotate(r"$\tau$", (V - 1, float(stats.tau)), xytext=(0, 2), textcoords="offset points", fontsize=7)

@@ -118,7 +118,7 @@ def draw_repeated(axes: Sequence[Axes], spreads: dict[str, Tensor]) -> list[dict
             steps = sorted({int(1.12**k) for k in range(52)} | {0})
             label = f"{name}" + (f", momentum {momentum}" if momentum else "")
             p_star = path[steps, 1].exp()
-            axes[0].semilogx([step + 1 for step in steps], p_star, dash, color=colour, label=label)
+            axes[0].semilogx([step + 1 for step in steps], p_star.tolist(), dash, color=colour, label=label)
             for quantity, values in {"p(y*)": p_star, "log p(y)": path[steps, 0]}.items():
                 known = {"panel": "e", "q": name, "momentum": momentum, "quantity": quantity}
                 rows += [{**known, "step": t, "value": float(v)} for t, v in zip(steps, values, strict=True)]
