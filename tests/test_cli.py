@@ -1,16 +1,19 @@
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from llm_dynamics import cli
+from llm_dynamics import cli, compare
 from llm_dynamics.probes import ProbeSet
-from llm_dynamics.runlog import load_run
+from llm_dynamics.runlog import load_run, load_runs
 
+from .frames.logs import random_log
 from .runlog.logs import new_log, observe
 
 COMMANDS = [[], ["probes"], ["probes", "build"], ["probes", "show"], ["report"], ["demo"]]
@@ -267,6 +270,66 @@ def test_a_broken_run_log_is_named(run, two_runs, tmp_path):
     part.write_bytes(b"broken")
     assert str(part) in refused(run("report", two_runs[1], "-o", tmp_path / "r.html"))
     assert not (tmp_path / "r.html").exists()
+
+
+# ---- compare ---------------------------------------------------------------------------------------------------------
+
+
+def test_compare_shows_changes_and_the_paired_difference_to_the_first_run(run, two_runs):
+    first, second = two_runs
+    writer = new_log(second.parent / "third" / "dynamics")
+    observe(writer, 0, (-10.0, -20.0))
+    observe(writer, 5, (-11.0, -20.0))
+    status, out, _ = run("compare", first, f"mine={second}", f"third={second.parent / 'third'}")
+    assert status == 0
+    assert fits(out)
+    changes, gaps = out.split("Minus lr=1e-4")
+    cells = [re.findall(r"[-+]\d+\.\d", line) for line in changes.splitlines() if "chosen" in line]
+    assert cells == [["-2.0", "-2.0", "-1.0"]]
+    cells = [re.findall(r"[-+]\d+\.\d", line) for line in gaps.splitlines() if "rejected" in line]
+    assert cells == [["+0.0", "+10.0"]]  # a single prompt: no interval
+
+
+def test_compare_prints_intervals_where_there_are_prompts_enough(run, tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        random_log(tmp_path / name, seed=seed, n_prompts=4)
+    status, out, _ = run("compare", f"[b]a={tmp_path / 'a'}", tmp_path / "b", "--per-token")
+    assert status == 0
+    assert fits(out)
+    row = compare(load_runs([tmp_path / "a", tmp_path / "b"]), per_token=True).query("run == 'b'").iloc[0]
+    low, high = row["difference_low"], row["difference_high"]
+    assert "Minus [b]a" in out
+    assert f"{row['difference']:+.2f} [{low:+.2f}, {high:+.2f}]" in out
+
+
+def test_compare_says_of_how_many_probes_a_difference_is(run, tmp_path):
+    random_log(tmp_path / "a", n_prompts=4)
+    random_log(tmp_path / "b", n_prompts=3)
+    _, out, _ = run("compare", tmp_path / "b", tmp_path / "a")
+    assert "a: 9 of its 12 probes" in out
+
+
+def test_compare_of_runs_without_shared_probes_shows_changes_alone(run, tmp_path):
+    random_log(tmp_path / "a", families=("chosen",))
+    random_log(tmp_path / "b", families=("rejected",))
+    status, out, _ = run("compare", tmp_path / "a", tmp_path / "b")
+    assert status == 0
+    assert "Change of log-prob" in out
+    assert "Minus" not in out
+
+
+def test_compare_gives_other_programs_all_columns(run, two_runs):
+    frame = compare(load_runs(two_runs))
+    status, out, err = run("compare", *two_runs, "--csv")
+    assert (status, err) == (0, "")
+    pd.testing.assert_frame_equal(pd.read_csv(io.StringIO(out)), frame)
+    status, out, _ = run("compare", *two_runs, "--json")
+    rows = json.loads(out)
+    assert list(rows[0]) == list(frame)
+    assert [row["delta"] for row in rows[:4]] == [-2.0, -2.0, -10.0, -10.0]
+    assert rows[0]["difference"] is None
+    assert rows[1]["difference"] == 0.0
+    assert "--json and --csv were both given" in refused(run("compare", *two_runs, "--json", "--csv"))
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------

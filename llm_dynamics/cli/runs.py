@@ -68,12 +68,13 @@ def _only_one(as_json: bool, as_csv: bool) -> None:
         raise ValueError("--json and --csv were both given; stdout takes one of them")
 
 
-def _compared_tables(compared: pd.DataFrame, per_token: bool) -> Iterator[Table]:
+def _compared_tables(compared: pd.DataFrame, per_token: bool) -> Iterator[Table | Text]:
     """Yield the changes of all runs and, where probes are shared with the first run, the differences to it."""
     unit, digits = ("token", 2) if per_token else ("response", 1)
     names = list(dict.fromkeys(compared["run"]))
     changes = Table(title=f"Change of log-prob, nats per {unit}, first to last observation")
-    gaps = Table(title=f"Change minus that in {names[0]}, nats per {unit}, paired by probe; 95% interval over prompts")
+    title = Text(f"Minus {names[0]}", style="table.title")  # a name is no markup
+    gaps = Table(title=title, caption=f"nats per {unit}, paired by probe; 95% intervals over prompts")
     changes.add_column("family", style="bold", no_wrap=True)
     gaps.add_column("family", style="bold", no_wrap=True)
     paired = [name for name in names[1:] if compared.loc[compared["run"] == name, "n_paired"].any()]
@@ -87,8 +88,10 @@ def _compared_tables(compared: pd.DataFrame, per_token: bool) -> Iterator[Table]
         gaps.add_row(str(family), *(_gap(by_run, name, digits) for name in paired))
     yield changes
     if paired:
-        gaps.caption = _shared_note(compared, paired)
         yield gaps
+        note = _shared_note(compared, paired)
+        if note:
+            yield Text(note)
 
 
 def _gap(by_run: pd.DataFrame, name: str, digits: int) -> Text:
@@ -106,7 +109,7 @@ def _shared_note(compared: pd.DataFrame, paired: list[str]) -> str | None:
     probes = compared[compared["family"] != ARGMAX]
     counts = probes.groupby("run", sort=False)[["n_paired", "n_probes"]].sum()
     told = [f"{name}: {n} of its {all_} probes" for name, n, all_ in counts.loc[paired].itertuples() if n < all_]
-    return "; ".join(told) or None
+    return f"Probes in the differences: {'; '.join(told)}" if told else None
 
 
 def _signed(value: float | None, digits: int) -> Text:

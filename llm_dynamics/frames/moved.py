@@ -56,10 +56,11 @@ def moved_probes(sequences: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         kept = np.isfinite(frame["start"]) & np.isfinite(frame["end"])
         return frame.assign(change=frame["end"] - frame["start"], kept=kept)
 
+    label, greedy = ends(probes, "logp_sum"), ends(probes, "argmax_logp_sum")
     for family in ordered(probes["family"]):
-        yield family, ends(probes[probes["family"] == family], "logp_sum")
-    chosen = probes[probes["family"] == "chosen"]
-    yield ARGMAX, ends(probes if chosen.empty else chosen, "argmax_logp_sum")
+        yield family, label[probes["family"] == family]
+    chosen = probes["family"] == "chosen"
+    yield ARGMAX, greedy[chosen] if chosen.any() else greedy
 
 
 def moved_row(family: str, probes: pd.DataFrame) -> tuple[str, int, float, float, float, float, int]:

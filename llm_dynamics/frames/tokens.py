@@ -84,7 +84,8 @@ def _curves(
         values, measured = _values(table, statistic)
         if delta:
             start = start or _Start(owner, _numbers(table["position"]), values)
-            values = values - start.values(owner, _numbers(table["position"]))
+            with np.errstate(invalid="ignore"):  # of an infinity minus another
+                values = values - start.values(owner, _numbers(table["position"]))
         groups = [_codes(key, table, owner, probes) for key in keys]
         codes, places = _joined([codes for codes, _ in groups])
         stats = group_stats(codes[measured], values[measured], len(places[0]), interval)
