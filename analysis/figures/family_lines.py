@@ -88,6 +88,12 @@ def draw_families(axes: Axes, curves: pd.DataFrame, families: Sequence[str]) -> 
     legend_below(axes)
 
 
+def panel_height(families: Sequence[str]) -> float:
+    """Return the height that a row of three panels needs for these families and the legends below, inches."""
+    groups = [group_of(family) for family in families]
+    return 2.2 + 0.125 * max((groups.count(group) for group in set(groups)), default=0)
+
+
 def step_axis(axes: Axes, label: str = "optimizer step") -> None:
     """Label the x axis with whole steps."""
     axes.set_xlabel(label)

@@ -30,14 +30,13 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from accumulated import accumulated_influence, draw_accounts, height_of, steps_in_words
-from family_lines import draw_families, empty_page, group_of
+from family_lines import draw_families, empty_page, group_of, panel_height
 from log_curves import seed_curves
 from log_runs import HELP, Seeds, log_arguments, open_runs, say_seeds
 from looks import letter, save
 
 RUNS = ("sft", "extend", "dpo", "extend_dpo")
 PANELS = {"chosen": "chosen and kin", "rejected": "rejected and kin", "other": "all other families"}
-CURVES_HEIGHT = 2.7
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,10 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if curves["step"].nunique() == 1:
         print(f"{shown}: one observation in common, so nothing has moved yet")
 
-    parts = empty_page([CURVES_HEIGHT, *([height_of(accounts)] if accounts else [])])
+    families = list(dict.fromkeys(curves["family"]))
+    parts = empty_page([panel_height(families), *([height_of(accounts)] if accounts else [])])
     panels = list(parts[0].subplots(1, 3, sharey=True))
     for panel, group in zip(panels, PANELS, strict=True):
-        draw_families(panel, curves, [name for name in dict.fromkeys(curves["family"]) if group_of(name) == group])
+        draw_families(panel, curves, [name for name in families if group_of(name) == group])
     panels[0].set_ylabel("change of log-prob,\nnats per response")
     titles = [f"{title}, {shown}" for title in PANELS.values()]
     if accounts:

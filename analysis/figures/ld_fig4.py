@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from family_lines import draw_curve, draw_families, empty_page, group_of, line_of, step_axis
+from family_lines import draw_curve, draw_families, empty_page, group_of, line_of, panel_height, step_axis
 from log_curves import seed_curves, seed_margins
 from log_runs import HELP, log_arguments, open_runs, say_seeds
 from looks import GREY, letter, save
@@ -53,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if values["step"].nunique() == 1:
         print("one observation in common, so nothing has moved yet")
 
-    parts = empty_page([2.8, 2.8])
-    panels = [*parts[0].subplots(1, 3, sharey=True), *parts[1].subplots(1, 3)]
     families = list(dict.fromkeys(values["family"]))
+    parts = empty_page([panel_height(families), 2.75])
+    panels = [*parts[0].subplots(1, 3, sharey=True), *parts[1].subplots(1, 3)]
     for panel, group in zip(panels, PANELS, strict=False):
         draw_families(panel, changes, [name for name in families if group_of(name) == group])
     draw_families(panels[3], values, [name for name in (*PAIR, "argmax") if name in families])
