@@ -203,7 +203,7 @@ def test_a_statistic_that_is_none_is_refused_with_those_allowed(tmp_path, statis
 @given(
     rows=st.lists(st.tuples(st.integers(0, 4), st.floats(width=32)), max_size=40),
     interval=st.tuples(st.integers(0, 50), st.integers(50, 100)),
-    size=st.sampled_from([5, 70_000]),
+    size=st.sampled_from([5, 2_000, 70_000]),
     dtype=st.sampled_from([np.float32, np.float64]),
 )
 def test_groups_equal_numpy_group_by_group(rows, interval, size, dtype):
