@@ -32,7 +32,8 @@ def how_often(seed: int, contexts: int) -> dict[str, float]:
 
     Contexts are drawn from symmetric Dirichlet distributions over V tokens with parameters 0.03 to 3; token 0 is y.
 
-    - "smaller p(y)": p(y) halved, the others kept in proportion;
+    - "smaller p(y)": p(y) halved, the others kept in proportion; of the contexts with p(y) > 1e-6, below which rounding
+      would decide;
     - "another y": the same context, the less likely of two labels, neither of them y*, against the likelier one;
     - "peakier": the others at half the temperature (their probabilities squared), p(y) kept.
 
@@ -80,7 +81,11 @@ def how_often(seed: int, contexts: int) -> dict[str, float]:
         "peakier: more moves into y*": peakier["moved"] > plain["moved"],
         "peakier: no more risers": peakier["risers"] <= plain["risers"],
     }
-    return {name: float(values.double().mean()) for name, values in holds.items()}
+    rare = p[:, 0] < 0.2
+    holds["smaller p(y), below 0.2: more moves into y*"] = holds["smaller p(y): more moves into y*"]
+    told = {name: p[:, 0] > 1e-6 if "smaller" in name else torch.ones_like(rare) for name in holds}
+    told["smaller p(y), below 0.2: more moves into y*"] &= rare
+    return {name: float(values[told[name]].double().mean()) for name, values in holds.items()}
 
 
 def _change(p: Tensor, label: Tensor) -> Tensor:

@@ -293,6 +293,8 @@ def test_less_likely_labels_do_not_move_more_into_the_peak(made):
     for quantity, value in (
         ("p(y) falls", 1.0),
         ("log p of a likelier token rises more", 1.0),
+        ("smaller p(y): odds y* : others rise more", 1.0),
+        ("smaller p(y), below 0.2: more moves into y*", 0.0),
         ("another y, less likely: y* rises more", 0.0),
         ("another y, less likely: all other tokens end lower", 1.0),
     ):
