@@ -117,7 +117,7 @@ def draw_accumulated(axes: Axes, table: pd.DataFrame, families: Sequence[str]) -
     values = table.pivot(index="update", columns="family", values="mean").reindex(index=updates, columns=families)
     limit = float(values.abs().max().max()) or 1.0
     heat_map(axes, values, label="nats", limit=limit)
-    decimals = min(max(0, 2 - math.floor(math.log10(limit))), 4)
+    decimals = min(max(int(limit < 1000), 2 - math.floor(math.log10(limit))), 4)
     for row, column in np.ndindex(*values.shape):
         value = values.iat[row, column]
         text = "–" if np.isnan(value) else f"{round(value, decimals) + 0.0:+.{decimals}f}".replace("-", "−")
