@@ -15,14 +15,8 @@ from llm_dynamics.report import figures
 from llm_dynamics.report.families import ARGMAX, GROUPS, argmax_of, ordered, style_of
 from llm_dynamics.report.measured import measured
 from llm_dynamics.report.statements import reading
-from llm_dynamics.report.text import nats, prompt_text, shortened, token_label, visible
-from llm_dynamics.report.tokens import TokenHistory, pick_heatmap_probes, token_histories
+from llm_dynamics.report.text import nats
 from llm_dynamics.runlog import RunLog, RunLogs
-
-MAX_HEATMAPS = 24
-MAX_CELLS = 500_000
-"""Token cells (observations x tokens) embedded over all heat-maps: about 6 MB, so that a page stays below 15 MB."""
-
 
 _VARIANTS = [
     (f"{'token' if per_token else 'response'}-{'change' if delta else 'value'}", per_token, delta)
@@ -57,7 +51,7 @@ def run_view(name: str, run: RunLog) -> dict[str, Any]:
     }
 
 
-def script_data(runs: RunLogs, heatmaps: list[tuple[str, TokenHistory]]) -> dict[str, Any]:
+def script_data(runs: RunLogs) -> dict[str, Any]:
     """Return what `page.js` draws from, as plain JSON types."""
     curves, squeezing = {}, {}
     for name, run in runs.runs.items():
@@ -76,7 +70,6 @@ def script_data(runs: RunLogs, heatmaps: list[tuple[str, TokenHistory]]) -> dict
         },
         "curves": curves,
         "squeezing": squeezing,
-        "heatmaps": [_heatmap(name, history) for name, history in heatmaps],
     }
 
 
@@ -85,34 +78,6 @@ def legend(runs: RunLogs) -> list[dict[str, Any]]:
     families = [{"name": family, **asdict(style_of(family))} for family in _families(runs)]
     groups = [{"name": group, "members": [own for own in families if own["group"] == group]} for group in GROUPS]
     return [group for group in groups if group["members"]]
-
-
-def embedded_heatmaps(runs: RunLogs) -> list[tuple[str, TokenHistory]]:
-    """Choose the probes whose tokens go into the page: the same share of places and cells for every run.
-
-    The last run comes first: in a pipeline it is the one that people came to see.
-    """
-    n_runs = len(runs.runs)
-    chosen: list[tuple[str, TokenHistory]] = []
-    for name, run in reversed(list(runs.runs.items())):
-        cells = 0
-        for history in token_histories(run, pick_heatmap_probes(run, max(1, MAX_HEATMAPS // n_runs))):
-            cells += history.logp.size
-            if cells > MAX_CELLS // n_runs and chosen and chosen[-1][0] == name:
-                break  # a run shows one probe at least, however long
-            chosen.append((name, history))
-    return chosen[:MAX_HEATMAPS]
-
-
-def menu(heatmaps: list[tuple[str, TokenHistory]]) -> list[dict[str, Any]]:
-    """Group the heat-maps by run and prompt for the menu; `place` is the index into the embedded data."""
-    groups: dict[tuple[str, str], dict[str, Any]] = {}
-    for place, (run, history) in enumerate(heatmaps):
-        label = f"{run} · {shortened(prompt_text(history.prompt), 60)}"
-        group = groups.setdefault((run, history.prompt_id), {"label": label, "members": []})
-        change = sum(float(x) for x in history.change[-1] if math.isfinite(x))
-        group["members"].append({"place": place, "name": f"{history.family} ({nats(change, sign=True)} nats)"})
-    return list(groups.values())
 
 
 def _brief(moved: pd.DataFrame) -> str:
@@ -149,21 +114,3 @@ def _traces(traces: Iterable[go.Scatter]) -> list[dict[str, Any]]:
 
 def _families(runs: RunLogs) -> list[str]:
     return ordered({family for run in runs.runs.values() for family in family_curves(run)["family"]})
-
-
-def _heatmap(run: str, history: TokenHistory) -> dict[str, Any]:
-    strings = sorted({token for row in history.greedy for token in row})
-    places = {token: place for place, token in enumerate(strings)}
-    return {
-        "run": run,
-        "family": history.family,
-        "prompt": visible(prompt_text(history.prompt)),
-        "steps": history.steps,
-        "tokens": [visible(token) for token in history.tokens],
-        "labels": [token_label(token) for token in history.tokens],
-        "limit": float(f"{history.limit:.3g}"),
-        "logp": [[round(float(x), 3) if math.isfinite(x) else None for x in row] for row in history.logp],
-        "rank": history.rank.tolist(),
-        "greedy": [[places[token] for token in row] for row in history.greedy],
-        "strings": [token_label(token, 40) for token in strings],
-    }

@@ -158,63 +158,37 @@ const page = (() => {
     }
   }
 
-  // ---- Which tokens?
-  function drawTokens() {
-    const picker = document.getElementById("probe");
-    if (!picker) return;
-    const probe = report.heatmaps[Number(picker.value)];
-    const change = probe.logp.map((row) => row.map((value, m) => {
-      const start = probe.logp[0][m];
-      return value === null || start === null ? null : value - start;
-    }));
-    showText(probe, change[change.length - 1]);
-    const element = document.getElementById("heatmap");
-    const room = element.parentElement.clientWidth;
-    const width = Math.max(room, 54 + 22 * probe.tokens.length);
-    const height = Math.min(160 + Math.max(15, Math.min(26, 340 / probe.steps.length)) * probe.steps.length, room < 460 ? 480 : 640);
-    const hover = probe.logp.map((row, s) => row.map((value, m) => [
-      escaped(probe.tokens[m].replaceAll(" ", "·").replaceAll("\n", "↵")), value === null ? "not finite" : value.toFixed(2).replace("-", "−"),
-      probe.rank[s][m] || "–", escaped(probe.strings[probe.greedy[s][m]]),
-      change[s][m] === null ? "–" : signed(change[s][m]),
-    ]));
-    element.style.width = `${width}px`;
-    element.style.height = `${height}px`;
-    draw(element, [{
-      type: "heatmap", z: change, customdata: hover, y: probe.steps.map(String), zmin: -probe.limit, zmax: probe.limit,
-      colorscale: [[0, css("--fell")], [0.5, css("--tint")], [1, css("--rose")]], xgap: 1, ygap: probe.steps.length > 40 ? 0 : 1,
-      hoverongaps: false,
-      // above and at the left, where it stays in sight however long the response is
-      colorbar: { orientation: "h", x: 0, xanchor: "left", y: 1, yanchor: "bottom", ypad: 12, lenmode: "pixels", len: 230,
-        thickness: 8, outlinewidth: 0, title: { text: "change of log-prob, nats", side: "top" }, tickformat: "+.2~g", nticks: 5 },
-      hovertemplate: "<b>%{customdata[0]}</b>, step %{y}<br>change %{customdata[4]} nats<br>log-prob %{customdata[1]}, " +
-        "rank %{customdata[2]}<br>greedy token: %{customdata[3]}<extra></extra>",
-    }], {
-      width, height, dragmode: false, margin: { l: 46, r: 8, t: 66, b: 92 },
-      xaxis: { tickvals: probe.labels.map((_, m) => m), ticktext: probe.labels.map(escaped), tickangle: -60, showline: false,
-        ticks: "", tickfont: { family: css("--mono"), size: 11, color: css("--ink") } },
-      yaxis: { type: "category", autorange: "reversed", showgrid: false, nticks: 24, title: { text: "step", standoff: 4 } },
-    });
-  }
-
-  function showText(probe, change) {
-    document.getElementById("probe-prompt").textContent = probe.prompt;
-    document.getElementById("probe-family").textContent = `response: ${probe.family} in ${probe.run}`;
-    document.getElementById("probe-response").replaceChildren(...probe.tokens.map((token, m) => {
-      const span = document.createElement("span");
-      const share = change[m] === null ? 0 : Math.max(-1, Math.min(1, change[m] / probe.limit));
-      span.textContent = token;
-      span.className = share < -0.2 ? "token fell" : "token";
-      span.title = change[m] === null ? "not finite" : `${signed(change[m])} nats`;
-      span.style.backgroundColor = `rgb(var(${share < 0 ? "--fell-rgb" : "--rose-rgb"}) / ${Math.abs(share) * 0.5})`;
-      return span;
-    }));
+  // ---- lists that take one tab stop: arrows, Home and End move within, Enter, space or a click chooses
+  function rove(list, choose, [back, forth]) {
+    const options = [...list.querySelectorAll("[role=option]")];
+    const chosen = options.findIndex((option) => option.getAttribute("aria-selected") === "true");
+    options.forEach((option, i) => { option.tabIndex = i === Math.max(0, chosen) ? 0 : -1; });
+    const move = (to) => {
+      for (const option of options) option.tabIndex = -1;
+      options[to].tabIndex = 0;
+      options[to].focus();
+    };
+    list.onkeydown = (event) => {
+      const at = options.indexOf(event.target.closest("[role=option]"));
+      if (at < 0) return;
+      const to = { [back]: at - 1, [forth]: at + 1, Home: 0, End: options.length - 1 }[event.key];
+      if (to !== undefined) move(Math.max(0, Math.min(options.length - 1, to)));
+      else if (event.key === "Enter" || event.key === " ") choose(options[at]);
+      else return;
+      event.preventDefault();
+    };
+    list.onclick = (event) => {
+      const at = options.indexOf(event.target.closest("[role=option]"));
+      if (at < 0) return;
+      move(at);
+      choose(options[at]);
+    };
   }
 
   // ---- life of the page
-  const drawAll = () => { drawCurves(); drawSqueezing(); drawTokens(); document.dispatchEvent(new Event("draw")); };
+  const drawAll = () => { drawCurves(); drawSqueezing(); document.dispatchEvent(new Event("draw")); };
   if (!report.compares) document.querySelector("#curve-controls [value=value]").checked = true;
   bindCurves();
-  document.getElementById("probe")?.addEventListener("change", drawTokens);
   darkness.addEventListener("change", drawAll);
   let pending = 0;
   window.addEventListener("resize", () => { cancelAnimationFrame(pending); pending = requestAnimationFrame(drawAll); });
@@ -222,6 +196,6 @@ const page = (() => {
   window.addEventListener("beforeprint", () => { root.dataset.print = ""; drawAll(); });
   window.addEventListener("afterprint", () => { delete root.dataset.print; drawAll(); });
   drawAll();
-  root.dataset.drawn = "";
-  return { report, all, css, draw, escaped, isDark, signed, touch };
+  // What a part of the page has still to unpack: the page says that it is drawn when these promises are settled.
+  return { report, all, css, draw, escaped, isDark, rove, signed, touch, pending: [] };
 })();

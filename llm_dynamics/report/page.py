@@ -24,7 +24,8 @@ from llm_dynamics.report.figures import PANELS
 from llm_dynamics.report.normal import normal_view
 from llm_dynamics.report.rollouts import rollout_views
 from llm_dynamics.report.text import json_for_script, nats, precise_nats
-from llm_dynamics.report.why import MAX_TOKENS, explained_runs, why
+from llm_dynamics.report.token_section import token_section
+from llm_dynamics.report.why import why_section
 from llm_dynamics.runlog import RunLog, RunLogs
 
 
@@ -44,31 +45,30 @@ def write_report(runs: RunLogs | RunLog, path: str | Path, *, title: str = "What
     """
     if isinstance(runs, RunLog):
         runs = RunLogs({runs.name: runs})
-    heatmaps = content.embedded_heatmaps(runs)
-    explained = explained_runs(runs)
-    whys = [why(name, run, MAX_TOKENS // len(explained)) for name, run in explained.items()]
+    tokens = token_section(runs)
+    why, why_data = why_section(runs)
     rollouts, curves = rollout_views(runs) or (None, None)
     # a page without accounts or rollouts carries nothing for them
-    parts = ["page", *(["why"] if whys else []), *(["rollouts"] if rollouts else [])]
-    data = content.script_data(runs, heatmaps) | {"why": [data for _, data in whys]}
-    script = "\n".join(_asset(f"{part}.js") for part in parts)
-    # Markup marks what is not to be escaped again: files of this package, plotly.js, and JSON made safe for a script.
+    parts = ["page", *(["why", "influence_map"] if why_data else []), *(["rollouts"] if rollouts else [])]
+    data = content.script_data(runs) | {"why": why_data}
+    script = "\n".join(_asset(f"{part}.js") for part in (*parts, "unpack", "tokens", "finder", "drawn"))
+    # Markup marks what is not to be escaped again: files of this package, plotly.js, JSON made safe for a script and
+    # base64.
     page = _template().render(
         title=title,
         policy=_policy(get_plotlyjs(), script),
-        style=Markup("\n".join(_asset(f"{part}.css") for part in (parts[0], "normal", *parts[1:]))),
+        style=Markup("\n".join(_asset(f"{part}.css") for part in (parts[0], "normal", *parts[1:], "tokens"))),
         plotly=Markup(get_plotlyjs()),
         script=Markup(script),
         data=Markup(json_for_script(data | ({"rollouts": curves} if rollouts else {}))),
         runs=[content.run_view(name, run) for name, run in runs.runs.items()],
         legend=content.legend(runs),
         normal=[normal_view(name, run) for name, run in runs.runs.items()],
-        why=[view for view, _ in whys],
+        why=why,
         rollouts=rollouts,
         panels=PANELS,
-        heatmaps=content.menu(heatmaps),
-        n_heatmaps=len(heatmaps),
-        n_probes=sum(len(run.probes) for run in runs.runs.values()),
+        tokens=tokens.view,
+        token_data=Markup(tokens.data),
         version=_version(),
     )
     path = Path(path)

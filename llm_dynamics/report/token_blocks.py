@@ -111,8 +111,8 @@ def token_blocks(table: TokenTable, dictionary: dict[str, int], max_chars: int) 
         steps=[table.steps[row] for row in rows],
         probe_ids=table.probe_ids[:n_fit],
         blocks=blocks[:n_fit],
-        n_steps=len(table.steps),
-        n_probes=len(table.probe_ids),
+        n_steps=table.n_steps,
+        n_probes=table.n_probes,
     )
 
 

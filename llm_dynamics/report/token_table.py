@@ -39,6 +39,8 @@ class TokenTable:
         logp: Their log-probs (S, N) float32, nats; NaN where not finite or not kept.
         rank: Their ranks (S, N) int32, 1 = most likely; 0 where undefined.
         greedy: The most likely token at each prefix, as places in `strings` (S, N) int32.
+        n_steps: Observations that kept tokens in the run log; S, or more where not all were read.
+        n_probes: Probes that kept tokens in the run log; P, or more.
     """
 
     steps: list[int]
@@ -50,6 +52,8 @@ class TokenTable:
     logp: np.ndarray
     rank: np.ndarray
     greedy: np.ndarray
+    n_steps: int
+    n_probes: int
 
     def columns(self, probe: int) -> slice:
         """Return the columns of probe number `probe`."""
@@ -98,7 +102,7 @@ def read_token_table(run: RunLog, max_cells: int = MAX_CELLS) -> TokenTable | No
     sizes = np.cumsum(n_tokens[probe_ids].to_numpy())
     n_kept = max(1, int(np.searchsorted(sizes, max_cells // min(len(steps), MIN_STEPS), side="right")))
     probe_ids = probe_ids[:n_kept]
-    reader = _Reader(probe_ids)
+    reader = _Reader(probe_ids, n_steps=len(steps), n_probes=len(n_tokens))
     kept = thinned(steps, max(2, max_cells // int(sizes[n_kept - 1])))
     for part in run.parts("tokens", kept, _COLUMNS, dictionaries=_STRINGS):
         reader.add(part)
@@ -108,8 +112,9 @@ def read_token_table(run: RunLog, max_cells: int = MAX_CELLS) -> TokenTable | No
 class _Reader:
     """Gathers the parts of some probes; a part's rows may come in any order and may lack some."""
 
-    def __init__(self, probe_ids: list[str]) -> None:
+    def __init__(self, probe_ids: list[str], **in_log: int) -> None:
         self.probe_ids = probe_ids
+        self._in_log = in_log
         self.steps: list[int] = []
         self._wanted = {probe: place for place, probe in enumerate(probe_ids)}
         self._places: dict[str, int] = {"": 0}
@@ -158,6 +163,7 @@ class _Reader:
             logp=logp,
             rank=rank,
             greedy=greedy,
+            **self._in_log,
         )
 
     def _extend(self, keys: np.ndarray, tokens: np.ndarray) -> None:

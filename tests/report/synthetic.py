@@ -39,9 +39,14 @@ WORDS = ["About", " ten", " minutes", " in", " gently", " boil", "ing", " water"
 def write_run(
     folder: Path, trainer: str, delta: dict, *, steps=tuple(range(0, 65, 5)), n_prompts=12, seed=0, n_tokens=13,
     keep_tokens=4, nan_probe: str | None = None, words=WORDS, text: str | None = None, prompt: str | None = None,
-    meta: dict | None = None,
+    meta: dict | None = None, jitter=0.0,
 ):  # fmt: skip
-    """Write a run log whose families move by `delta` (nats) from the first step to the last."""
+    """Write a run log whose families move by `delta` (nats) from the first step to the last.
+
+    Args:
+        jitter: Standard deviation, in nats, of what each token adds to that at each observation; ranks and greedy
+            tokens jump likewise.
+    """
     rng = np.random.default_rng(seed)
     tokens = [words[place % len(words)] for place in range(n_tokens)]
     chat = json.dumps([{"role": "user", "content": "How long should I boil an egg?"}])
@@ -78,6 +83,10 @@ def write_run(
         scalars = {"seconds_observing": 1.5, "overhead": 0.04 if step else None, "n_probes": len(probes)}
         kept = probes["prompt_id"].isin([f"prompt-{number}" for number in range(keep_tokens)])
         rows = _token_rows(probes[kept], logp[kept].to_numpy(), weights[kept], tokens) if keep_tokens else None
+        if jitter:
+            rows["logp"] -= np.abs(rng.normal(0, jitter, len(rows)))
+            rows["rank"] = np.exp(2 - rows["logp"] + rng.normal(0, 0.1, len(rows))).astype(int)
+            rows.loc[rng.random(len(rows)) < 0.06, "greedy_token"] = " a"
         writer.write(step, sequences=sequences, tokens=rows, scalars=lambda scalars=scalars: scalars)
     return load_run(folder)
 

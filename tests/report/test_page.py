@@ -1,6 +1,9 @@
 import ast
+import base64
+import hashlib
 import json
 import re
+import string
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,9 +15,10 @@ from llm_dynamics.report import write_report
 from llm_dynamics.runlog import load_runs
 
 from .synthetic import DPO_DELTA, HOSTILE, write_run, write_values
+from .unpacking import unpack_json
 
 QUESTIONS = [
-    "What moved?", "Is it normal?", "Where did the mass go?", "Which tokens?", "What does it say?",
+    "What moved?", "Is it normal?", "Why did it move?", "Where did the mass go?", "Which tokens?", "What does it say?",
     "How was it measured?",
 ]  # fmt: skip
 
@@ -49,6 +53,10 @@ class Outline(HTMLParser):
 
 def embedded(outline):
     return json.loads(next(script for script in outline.scripts if script.startswith('{"compares"')))
+
+
+def unpacked_index(page):
+    return unpack_json(page.split('id="token-data">')[1].split("\n")[0].split("</script>")[0])
 
 
 @pytest.fixture(scope="module")
@@ -112,19 +120,36 @@ def test_measured_shows_meta_and_tolerates_its_absence(page, tmp_path):
 def test_hostile_text_is_never_markup(hostile_page):
     outline = Outline(hostile_page)
     assert HOSTILE not in hostile_page
-    assert "<img" not in hostile_page.replace(outline.scripts[1], "")  # plotly.js aside
+    assert "<img" not in hostile_page.replace(outline.scripts[2], "")  # plotly.js aside
     assert "img" not in outline.tags
     assert not outline.handlers
-    assert outline.tags.count("script") == 3
+    assert outline.tags.count("script") == 4  # two of data, which never run, plotly.js and the page's own
     assert "&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;" in hostile_page
 
 
 def test_hostile_text_survives_as_data(hostile_page):
-    data = embedded(Outline(hostile_page))
-    assert data["heatmaps"][0]["tokens"][0] == HOSTILE
-    assert data["heatmaps"][0]["prompt"] == HOSTILE
-    names = {trace["name"] for trace in data["curves"][HOSTILE]["response-change"]}
+    index = unpacked_index(hostile_page)
+    assert HOSTILE in index["strings"]
+    assert HOSTILE in index["texts"]
+    assert HOSTILE in index["families"]
+    assert index["runs"] == [HOSTILE]
+    names = {trace["name"] for trace in embedded(Outline(hostile_page))["curves"][HOSTILE]["response-change"]}
     assert names >= {"&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;"}  # plotly reads names as HTML
+
+
+def test_packed_data_holds_no_character_of_markup(hostile_page):
+    data = next(script for script in Outline(hostile_page).scripts if script.startswith("eN"))
+    assert set(data) <= set(string.ascii_letters + string.digits + "+/=\n")
+
+
+def test_only_the_two_scripts_of_the_page_may_run(hostile_page):
+    outline = Outline(hostile_page)
+    policy = unescape(hostile_page.split('Content-Security-Policy" content="')[1].split('"')[0])
+    allowed = re.findall(r"'sha256-([^']+)'", policy)
+    runs = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in outline.scripts[2:]]
+    assert allowed == runs
+    rest = re.sub(r" 'sha256-[^']+'", "", policy)
+    assert rest == "default-src 'none'; script-src; style-src 'unsafe-inline'; img-src data: blob:"
 
 
 @pytest.mark.parametrize("steps", [(0,), ()], ids=["one observation", "none"])
@@ -164,4 +189,4 @@ def test_report_loads_no_model_library():
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             assert not {name.split(".")[0] for name in names} & {"torch", "transformers", "trl", "peft"}
             ours = {name for name in names if name.startswith("llm_dynamics.")} - {"llm_dynamics.likelihood.verdicts"}
-            assert {name.split(".")[1] for name in ours} <= {"report", "runlog"}
+            assert {name.split(".")[1] for name in ours} <= {"report", "runlog", "frames"}

@@ -37,7 +37,7 @@ def made_table(n_steps, sizes, seed=0):
     return TokenTable(
         steps=list(range(0, 10 * n_steps, 10)), probe_ids=[f"p{number}" for number in range(len(sizes))],
         bounds=np.cumsum([0, *sizes]), positions=np.concatenate([np.arange(size) for size in sizes]),
-        tokens=tokens, strings=STRINGS, logp=logp, rank=rank, greedy=greedy,
+        tokens=tokens, strings=STRINGS, logp=logp, rank=rank, greedy=greedy, n_steps=n_steps, n_probes=len(sizes),
     )  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from llm_dynamics.report.content import MAX_HEATMAPS, embedded_heatmaps
 from llm_dynamics.report.figures import PANELS, curves_figure, squeezing_figure, token_heatmap
 from llm_dynamics.report.text import for_plotly, json_for_script, prompt_text, token_label, visible
 from llm_dynamics.report.tokens import pick_heatmap_probe, pick_heatmap_probes, read_tokens, token_histories
@@ -79,17 +78,12 @@ def test_without_tokens_there_is_nothing_to_pick(tmp_path):
     assert pick_heatmap_probes(run, 5) == []
 
 
-def test_embedded_probes_cover_every_family_and_several_prompts(dpo, both):
-    histories = [history for _, history in embedded_heatmaps(RunLogs({"dpo": dpo}))]
-    assert len(histories) == len({history.probe_id for history in histories}) == MAX_HEATMAPS
-    assert {history.family for history in histories} == set(FAMILIES)
-    assert len({history.prompt_id for history in histories}) > 1
-    assert len(embedded_heatmaps(both)) == MAX_HEATMAPS
-
-
-def test_one_probe_is_embedded_however_long_and_then_the_budget_holds(dpo, monkeypatch):
-    monkeypatch.setattr("llm_dynamics.report.content.MAX_CELLS", 10)
-    assert len(embedded_heatmaps(RunLogs({"dpo": dpo}))) == 1
+def test_picked_probes_cover_every_family_and_several_prompts(dpo):
+    picked = pick_heatmap_probes(dpo, 24)
+    assert len(set(picked)) == 24
+    assert {probe.rsplit("-")[0] for probe in picked} == set(FAMILIES)
+    assert len({probe.rsplit("-")[1] for probe in picked}) > 1
+    assert picked[0] == pick_heatmap_probe(dpo)
 
 
 def test_only_the_wanted_probes_are_read(dpo):
