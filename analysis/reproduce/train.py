@@ -165,9 +165,8 @@ def train_dpo(study: Study, name: str, start: str) -> None:
     folder, steps = study.folder / name, study.size.dpo_epochs * study.epoch
     if (folder / "finished").exists():
         return
-    trainer = _dpo_trainer(
-        study, study.folder / start, study.rows.pairs, study.arguments(folder, steps, study.size.dpo_rate)
-    )
+    arguments = study.arguments(folder, steps, study.size.dpo_rate)
+    trainer = _dpo_trainer(study, study.folder / start, study.rows.pairs, arguments, precompute=True)
     watch(trainer, study.rows.probes, max(1, steps // study.size.later_observations), reference="none", seed=study.seed)
     _train(trainer, study, name)
     (folder / "finished").touch()
@@ -187,19 +186,21 @@ def run_cells(study: Study, only: Sequence[int] | None = None) -> None:
         if cell.rejected != "rejected":
             probes = _with_own_rejected(probes, pairs)
         arguments = study.arguments(folder, study.size.cell_steps, cell.rate * study.size.dpo_rate)
-        arguments["warmup_steps"] = min(2, study.size.warmup)
-        trainer = _dpo_trainer(study, start, pairs, arguments)
+        arguments["warmup_steps"] = 1  # the step that fills the mean square; its rate is 0
+        trainer = _dpo_trainer(study, start, pairs, arguments, precompute=False)  # few pairs are seen
         explain = {"every": 1, "detail": "probe", "families": ["chosen"], "training_tokens": ()}
         watch(trainer, probes, study.size.cell_steps, reference="none", influence=explain, seed=study.seed)
         _train(trainer, study, cell.name)
         (folder / "finished").touch()
 
 
-def _dpo_trainer(study: Study, start: Path, pairs: list[Row], arguments: dict[str, Any]) -> DPOTrainer:
+def _dpo_trainer(
+    study: Study, start: Path, pairs: list[Row], arguments: dict[str, Any], *, precompute: bool
+) -> DPOTrainer:
     rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in pairs]
     return DPOTrainer(
         str(start),
-        args=DPOConfig(beta=0.1, precompute_ref_log_probs=True, **arguments),
+        args=DPOConfig(beta=0.1, precompute_ref_log_probs=precompute, **arguments),
         train_dataset=Dataset.from_list(rows),
         processing_class=study.tokenizer,
     )
