@@ -261,6 +261,46 @@ def test_a_probe_that_starts_with_nan_has_no_finite_change(tmp_path):
     assert frame.loc[frame["family"] == "rejected", "delta_logp_sum"].tolist() == [0.0, -1.0, -2.0]
 
 
+# ---- single columns, and parts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", ["sequences", "tokens", "steps", "accounts", "probes"])
+def test_single_columns_are_those_of_the_table_in_the_order_asked_for(log, table):
+    names = list((schema.PROBES if table == "probes" else schema.TABLES[table]).names[2::-1])
+    frame = load_run(log).columns(table, names)
+    assert list(frame) == names
+    pd.testing.assert_frame_equal(frame, getattr(load_run(log), table)[names])
+
+
+def test_a_table_that_lies_in_memory_is_not_read_again(log):
+    run = load_run(log)
+    _ = run.sequences
+    (log / "sequences" / schema.part_name(10)).unlink()
+    assert run.columns("sequences", ["step"])["step"].unique().tolist() == [0, 10, 20]
+
+
+def test_parts_come_one_by_one_with_the_columns_asked_for(log):
+    parts = list(load_run(log).parts("tokens", columns=["logp", "step"]))
+    assert [part.column_names for part in parts] == [["logp", "step"]] * 2  # step 20 kept no tokens
+    assert [part["step"][0].as_py() for part in parts] == [0, 10]
+    (last,) = load_run(log).parts("sequences", [20], ["step"])
+    assert last.num_rows == 2
+
+
+def test_strings_can_be_read_as_codes(log):
+    for part in load_run(log).parts("tokens", columns=["probe_id"], dictionaries=["probe_id"]):
+        assert pa.types.is_dictionary(part["probe_id"].type)
+        assert part["probe_id"].to_pylist() == [IDS[0], IDS[0], IDS[1], IDS[1]]
+
+
+@pytest.mark.parametrize("columns", [None, ["step"]])
+def test_a_foreign_part_is_refused_whichever_columns_are_asked_for(log, columns):
+    part = log / "tokens" / schema.part_name(10)
+    pq.write_table(pq.read_table(part).drop_columns(["rank"]), part)
+    with pytest.raises(RunLogError, match=r"step_000000010.*missing or of another type: rank \(int32\); seen: step"):
+        list(load_run(log).parts("tokens", columns=columns, dictionaries=["probe_id"]))
+
+
 # ---- several runs ----------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +338,32 @@ def test_a_run_that_is_not_there_is_named(log, tmp_path):
 def test_no_runs_at_all_are_refused():
     with pytest.raises(ValueError, match="at least one"):
         load_runs({})
+
+
+def test_folders_alone_are_called_as_they_are(log, tmp_path):
+    new_log(tmp_path / "first-try")
+    assert list(load_runs([log.parent, str(tmp_path / "first-try")]).runs) == ["out", "first-try"]
+
+
+def test_two_runs_of_one_name_are_refused_with_both_and_the_way_out(log, tmp_path):
+    new_log(tmp_path / "again" / "out" / "dynamics")
+    with pytest.raises(ValueError, match=r"two runs are called 'out': .*out/dynamics and .*again/out.*\{name: path\}"):
+        load_runs([log, tmp_path / "again" / "out"])
+
+
+def test_one_path_is_no_list_of_paths(log):
+    for path in (log, str(log)):
+        with pytest.raises(ValueError, match="see load_run"):
+            load_runs(path)
+
+
+def test_a_run_without_observations_does_not_change_the_types_of_the_others(log, tmp_path):
+    empty = new_log(tmp_path / "empty").folder
+    both = load_runs({"empty": empty, "dpo": log})
+    for name in ("sequences", "tokens", "steps"):
+        alone = getattr(load_run(log), name)
+        assert getattr(both, name).drop(columns="run").dtypes[["step"]].equals(alone.dtypes[["step"]])
+        assert len(getattr(both, name)) == len(alone)
 
 
 def test_warnings_instead_of_errors_hold_for_every_run(log):
