@@ -21,6 +21,7 @@ THRESHOLDS: Mapping[str, float] = {
     "displaced_share": 0.5,  # of chosen probes that lie below their start
     "falling_share": 0.8,  # of families that fall while the greedy tokens rise
     "valley_p": 0.1,  # exp of rejected's mean log-prob per token before preference training
+    "valley_tau0": 0.01,  # probability below which tokens fall with rejected; in a model that is sure of nothing, ~ 0
     "transfer_share": 0.25,  # of chosen's rise per token that other_train shows, beyond that of held-out answers
     "lazy_share": 0.25,  # of mixed questions whose correct answers did not rise
     "explained": 0.9,  # share of a step's change that the account must explain
@@ -115,28 +116,27 @@ def find_squeezing(run: RunTables | None, moved: pd.DataFrame) -> Outcome:
     """Find mass that goes into the greedy tokens while nearly everything that is watched falls."""
     if moved.empty:
         return "needs two observations"
-    along, pushed = (moved["family"] == family for family in ("chosen", "rejected"))
-    along, pushed = (rows if rows.any() else ~rows for rows in (along, pushed))
-    ends = moved[["collision_start", "collision_end"]]
-    peaks = moved[pushed & ends.notna().all(axis=1)]
-    greedy = moved[along & moved["argmax_delta"].notna()]
+    pushed = moved["family"] == "rejected"
+    where = "rejected" if pushed.any() else "all probes"
+    pushed = pushed if pushed.any() else ~pushed
+    peaks = ["argmax_delta", "collision_start", "collision_end"]
+    missing = moved["delta"].isna() | (pushed & moved[peaks].isna().any(axis=1))
+    peaked = moved[pushed & moved[peaks].notna().all(axis=1)]
     families = moved[moved["delta"].notna()].groupby("family")
-    if not len(families) or greedy.empty or peaks.empty:
+    if not len(families) or peaked.empty:
         return "needs finite greedy tokens and collision probabilities at two observations"
     prompts = Resamples(moved["prompt_id"])
     changes = {name: prompts.mean(rows["delta"], rows["prompt_id"]) for name, rows in families}
     n_fell = np.sum([change < 0 for change in changes.values()], axis=0)  # (1 + R,)
-    rise = prompts.mean(greedy["argmax_delta"], greedy["prompt_id"])
-    before, after = (prompts.mean(peaks[name], peaks["prompt_id"]) for name in ends)
+    rise, before, after = (prompts.mean(peaked[name], peaked["prompt_id"]) for name in peaks)
     found = (rise > THRESHOLDS["least_nats"]) & (after > before)
     found &= n_fell / len(changes) >= THRESHOLDS["falling_share"]
-    missing = moved["delta"].isna() | (along & moved["argmax_delta"].isna()) | (pushed & ends.isna().any(axis=1))
     stayed = [str(name) for name, change in changes.items() if not change[0] < 0]
     but = f" (not {', '.join(stayed)})" if 0 < len(stayed) <= 3 and n_fell[0] else ""
     return Finding(
         found,
-        f"{n_fell[0]} of {_counted(len(changes), 'family', 'families')} fell{but}; the greedy tokens {rise[0]:+.2f} "
-        f"nats; collision probability {before[0]:.3g} to {after[0]:.3g}{_left_out(moved, missing)}",
+        f"{n_fell[0]} of {_counted(len(changes), 'family', 'families')} fell{but}; along {where} the greedy tokens "
+        f"{rise[0]:+.2f} nats, collision probability {before[0]:.3g} to {after[0]:.3g}{_left_out(moved, missing)}",
         _counted(prompts.size, "prompt"),
     )
 
@@ -159,9 +159,9 @@ def find_valley(run: RunTables, moved: pd.DataFrame) -> Outcome:
     if seen["tau0_sum"].notna().any():
         # tau0 = collision probability - p(label) is the probability above which another token rises
         excess = prompts.mean(_divided(seen["tau0_sum"], seen["n_tokens"]), seen["prompt_id"])
-        found &= excess > 0
+        found &= excess > THRESHOLDS["valley_tau0"]
         fate = f"tokens below probability {excess[0]:.3f} fall with it" if excess[0] > 0 else "all others rise"
-        numbers += f"; where a step pushes it down, {fate} (tau0 {excess[0]:+.3f})"
+        numbers += f"; where a step pushes it down, {fate} (tau0 {excess[0]:+.3f} on average)"
     return Finding(found, numbers + _left_out(rejected, rate.isna(), "not finite"), _counted(prompts.size, "prompt"))
 
 
@@ -186,7 +186,8 @@ def find_transfer(run: RunTables, moved: pd.DataFrame) -> Outcome:
     numbers = f"other_train {other[0]:+.3f} nats per token, {held_out}chosen {chosen[0]:+.3f}"
     if chosen[0] > 0:
         beyond = " beyond what held-out answers gain" if held_out else " (form included: other_test is not watched)"
-        numbers += f": {(other[0] - form[0]) / chosen[0]:.0%} of chosen's rise{beyond}"
+        share = (other[0] - form[0]) / chosen[0]
+        numbers += f": {f'{share:.0%}' if share > 0 else 'no part'} of chosen's rise{beyond}"
     return Finding(found, numbers + _left_out(moved, rate.isna()), _counted(prompts.size, "prompt"))
 
 

@@ -84,9 +84,9 @@ def judge(run: RunTables) -> list[Verdict]:
 def is_squeezing(sequences: pd.DataFrame) -> tuple[bool, str] | None:
     """Tell whether the mass moves into the greedy tokens while nearly everything that is watched falls.
 
-    Found where the greedy tokens along the chosen probes' prefixes (all probes where there are none) rose since the
-    first observation, at least `falling_share` of the families fell, and the collision probability along rejected (all)
-    rose.
+    Found where, since the first observation, at least `falling_share` of the families fell, while along the rejected
+    probes' prefixes (along all, where there are none) the greedy tokens and the collision probability rose. Along
+    chosen, greedy tokens also rise where the model learns the chosen answer itself.
 
     Args:
         sequences: The sequences table; only its first and its last observation are compared.
@@ -118,9 +118,9 @@ _RULES: tuple[tuple[str, str, Callable[[RunTables, pd.DataFrame], Outcome], str,
         "squeezing",
         "Does the mass go into the greedy tokens?",
         find_squeezing,
-        f"greedy tokens along chosen rise by more than {THRESHOLDS['least_nats']:g} nats, at least "
-        f"{THRESHOLDS['falling_share']:.0%} of the families fall, and the collision probability along rejected rises, "
-        "all since the first observation",
+        f"at least {THRESHOLDS['falling_share']:.0%} of the families fall since the first observation, while along the "
+        f"prefixes of rejected the greedy tokens rise by more than {THRESHOLDS['least_nats']:g} nats and the collision "
+        "probability rises",
         f"Negative gradients on unlikely responses do this [LD 3.3]: {_EXTEND}; or lower --learning_rate, raise "
         "--beta, or stop earlier (SqueezingAlert(trainer, stop_on='squeezing')); or sample rejected from the model.",
     ),
@@ -129,7 +129,8 @@ _RULES: tuple[tuple[str, str, Callable[[RunTables, pd.DataFrame], Outcome], str,
         "Was rejected already unlikely before preference training?",
         find_valley,
         f"rejected below {THRESHOLDS['valley_p']:g} per token (geometric mean) at the first observation, while the "
-        "model is surer of other tokens there (tau0 = collision probability - p(label) above 0 on average)",
+        f"model is surer of other tokens there (tau0 = collision probability - p(label) above "
+        f"{THRESHOLDS['valley_tau0']:g} on average)",
         f"Pushing down what is unlikely squeezes most [LD, Prop. 2]: {_EXTEND}; or sample rejected from the model "
         "itself.",
     ),

@@ -151,17 +151,18 @@ def test_squeezing_is_mass_that_goes_into_the_greedy_tokens_while_families_fall(
 
 def test_squeezing_gives_its_numbers():
     assert is_squeezing(fallen(4, 1))[1] == (
-        "4 of 5 families fell (not family4); the greedy tokens +2.00 nats; collision probability 0.5 to 0.75"
+        "4 of 5 families fell (not family4); along all probes the greedy tokens +2.00 nats, collision probability "
+        "0.5 to 0.75"
     )
 
 
-def test_squeezing_reads_greedy_tokens_along_chosen_and_collision_along_rejected():
+@pytest.mark.parametrize("column", ["argmax_logp_sum", "collision_sum"])
+def test_squeezing_reads_the_peaks_along_rejected(column):
     frame = observed({"chosen-0": (-9.0, -10.0), "rejected-0": (-9.0, -20.0)})
     last = frame["step"] == 10
-    frame.loc[last & (frame["family"] == "rejected"), "argmax_logp_sum"] = -400.0
-    frame.loc[last & (frame["family"] == "chosen"), "collision_sum"] = 0.0
+    frame.loc[last & (frame["family"] == "chosen"), column] = -400.0
     assert is_squeezing(frame)[0] is True
-    frame.loc[last & (frame["family"] == "chosen"), "argmax_logp_sum"] = -6.5
+    frame.loc[last & (frame["family"] == "rejected"), column] = -400.0
     assert is_squeezing(frame)[0] is False
 
 
@@ -169,7 +170,7 @@ def test_squeezing_compares_the_first_observation_with_the_last():
     frame = observed({"chosen-0": (-9.0, -1.0, -10.0)}, greedy=(-6.0, -9.0, -5.0), collision=(0.2, 0.1, 0.3),
                      steps=(5, 10, 200))  # fmt: skip
     assert is_squeezing(frame) == (
-        True, "1 of 1 family fell; the greedy tokens +1.00 nats; collision probability 0.2 to 0.3"
+        True, "1 of 1 family fell; along all probes the greedy tokens +1.00 nats, collision probability 0.2 to 0.3"
     )  # fmt: skip
     assert is_squeezing(frame.sample(frac=1, random_state=0)) == is_squeezing(frame)
 
@@ -191,9 +192,9 @@ def test_squeezing_is_unknown_where_its_numbers_were_not_measured(column, bad):
     assert verdict("squeezing", Tables(sequences=frame)).status == "unknown"
 
 
-def test_greedy_tokens_of_chosen_that_are_not_finite_are_not_replaced_by_those_of_others():
+def test_peaks_along_rejected_that_are_not_finite_are_not_replaced_by_those_of_others():
     frame = observed({"chosen-0": (-9.0, -10.0), "rejected-0": (-9.0, -20.0)})
-    frame.loc[frame["family"] == "chosen", "argmax_logp_sum"] = math.nan
+    frame.loc[frame["family"] == "rejected", "argmax_logp_sum"] = math.nan
     assert is_squeezing(frame) is None
 
 
@@ -233,7 +234,7 @@ def test_valley_is_rejected_that_is_unlikely_at_the_first_observation(rates, sta
     assert verdict("valley", valley(*rates)).status == status
 
 
-@pytest.mark.parametrize(("tau0", "status"), [(0.001, "found"), (0.0, "clear"), (-0.1, "clear")])
+@pytest.mark.parametrize(("tau0", "status"), [(0.011, "found"), (0.009, "clear"), (-0.1, "clear")])
 def test_a_model_that_is_sure_of_nothing_else_has_no_valley(tau0, status):
     assert verdict("valley", valley(0.05, tau0=tau0)).status == status
 
@@ -263,7 +264,7 @@ def test_valley_tells_what_it_left_out():
     found = verdict("valley", valley(0.05, 0))
     assert found.evidence == (
         "rejected starts at 0.05 per token (geometric mean over 1 probe); where a step pushes it down, tokens below "
-        "probability 0.250 fall with it (tau0 +0.250); left out: 1 of 2 rejected (not finite)"
+        "probability 0.250 fall with it (tau0 +0.250 on average); left out: 1 of 2 rejected (not finite)"
     )
     assert verdict("valley", valley(0)).status == "unknown"
     assert verdict("valley", Tables(sequences=observed({"chosen-0": (-1.0, -1.0)}))).status == "unknown"
@@ -319,6 +320,9 @@ def test_transfer_is_per_token():
     )
     assert verdict("hallucination transfer", transfer(-8.0, 8.0)).evidence == (
         "other_train +2.000 nats per token, chosen -2.000"
+    )
+    assert verdict("hallucination transfer", transfer(8.0, -8.0)).evidence.endswith(
+        ": no part of chosen's rise (form included: other_test is not watched)"
     )
     run.sequences.loc[run.sequences["family"] == "other_train", "n_tokens"] = 64
     assert verdict("hallucination transfer", run).status == "clear"  # 0.125 against 2 nats per token
