@@ -5,7 +5,7 @@
   const { css, draw, escaped, touch } = page;
   const by = (id) => document.getElementById(id);
   const box = by("heatmap");
-  const shown = { probe: null, tokens: null, limit: 1, chosen: null, ticket: 0 };
+  const shown = { probe: null, tokens: null, limit: 1, chosen: null, bound: false, ticket: 0 };
 
   const made = (tag, className, ...children) => {
     const element = document.createElement(tag);
@@ -120,10 +120,8 @@
         ticks: "", tickfont: { family: css("--mono"), size: 11, color: css("--ink") } },
       yaxis: { type: "category", autorange: "reversed", showgrid: false, nticks: 24, title: { text: "step", standoff: 4 } },
     });
-    if (!box.dataset.bound) {
-      box.dataset.bound = "";
-      box.on("plotly_click", (event) => chooseToken(event.points[0].x));
-    }
+    if (!shown.bound) box.on("plotly_click", (event) => chooseToken(event.points[0].x));
+    shown.bound = true;
   }
 
   // ---- one token

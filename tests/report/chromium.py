@@ -47,7 +47,7 @@ class Chromium:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
-    def call(self, method: str, *, seconds: float = 20, **params):
+    def call(self, method: str, *, seconds: float = 60, **params):
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         if self._session:
@@ -70,7 +70,7 @@ class Chromium:
         self.call("Page.navigate", url=path.resolve().as_uri())
         self.wait_for("document.documentElement?.dataset.drawn !== undefined && document.readyState === 'complete'")
 
-    def wait_for(self, expression: str, seconds: float = 20) -> None:
+    def wait_for(self, expression: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not self.js(f"!!({expression})"):
             assert time.monotonic() < deadline, f"never became true: {expression}; page errors: {self.errors}"

@@ -2,6 +2,7 @@ import pytest
 
 from llm_dynamics.runlog import load_runs
 
+from .chromium import NAMES, Chromium, find_chromium
 from .synthetic import ANSWERS, DPO_DELTA, HOSTILE, SFT_DELTA, write_accounts, write_run
 
 
@@ -55,3 +56,14 @@ def hostile_account(tmp_path_factory):
     )  # fmt: skip
     answers = {HOSTILE: f"{HOSTILE} \u202e x", "rejected": f"{ANSWERS['rejected']} {HOSTILE}"}
     return write_accounts(run, steps=range(1, 4), roles=tuple(answers), answers=answers, note=HOSTILE, prompt=HOSTILE)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    # tests that need it are skipped where none is installed
+    binary = find_chromium()
+    if binary is None:
+        pytest.skip(f"no Chromium found; looked for {', '.join(NAMES)} on PATH (Debian: apt-get install chromium)")
+    chromium = Chromium(binary, tmp_path_factory.mktemp("profile"))
+    yield chromium
+    chromium.close()
