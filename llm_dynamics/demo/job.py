@@ -38,7 +38,8 @@ class DemoSettings:
         dpo_steps: Optimizer steps of DPO.
         sft_every: Steps between observations in SFT.
         dpo_every: Steps between observations in DPO.
-        dpo_tokens_every: Steps between tables of training tokens in DPO.
+        dpo_tokens_every: Steps between tables of training tokens, and influence maps, in DPO.
+        dpo_maps: Probes of which influence maps are kept in DPO.
         sft_batch: Rows per SFT step.
         dpo_batch: Pairs per DPO step.
         sft_learning_rate: AdamW's, constant.
@@ -54,6 +55,7 @@ class DemoSettings:
     sft_every: int = 2
     dpo_every: int = 2
     dpo_tokens_every: int = 6
+    dpo_maps: int = 2
     sft_batch: int = 8
     dpo_batch: int = 4
     sft_learning_rate: float = 2e-4
@@ -146,7 +148,7 @@ def run_demo(settings: DemoSettings, folder: Path, notify: Notify) -> DemoResult
             processing_class=tokenizer,
             peft_config=_adapter(settings),
         )
-        _train(dpo, probes, settings.dpo_every, influence=influence_settings(probes, settings))
+        _train(dpo, probes, settings.dpo_every, influence=influence_settings(settings))
 
     runs = load_runs({"sft": folder / "sft", "dpo": folder / "dpo"})
     page = write_report(runs, folder / "report.html", title="SFT, then DPO: what moved")
@@ -182,14 +184,13 @@ class BarOnly(ProgressCallback):
         """Print nothing."""
 
 
-def influence_settings(probes: ProbeSet, settings: DemoSettings) -> dict[str, Any]:
-    """Return how DPO is explained: every step, the pair's families, and the training tokens of one chosen response."""
-    one = next(probe.probe_id for probe in probes if probe.family == "chosen")
+def influence_settings(settings: DemoSettings) -> dict[str, Any]:
+    """Return how DPO is explained: every step, the pair's families, and token by token a chosen and a rejected one."""
     return {
         "every": 1,
         "families": ["chosen", "rejected"],
-        "training_tokens": ["chosen", "rejected", one],
         "tokens_every": settings.dpo_tokens_every,
+        "map_probes": settings.dpo_maps,
         "history": "split",
     }
 

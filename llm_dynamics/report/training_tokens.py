@@ -117,13 +117,16 @@ def strongest_examples(target: TargetTokens, examples: pd.DataFrame, n: int = N_
         n: Examples per direction.
 
     Returns:
-        Two frames with `role`, `prompt`, `response`, `share` (nats, summed over its tokens and explained steps) and
-        `n_steps`: those that pushed the target down, hardest first, and those that pulled it up.
+        Two frames with `role`, `prompt`, `response`, `share` (nats, summed over its tokens and explained steps),
+        `n_steps` and `prompt_id`: those that pushed the target down, hardest first, and those that pulled it up.
     """
     texts = ["role", "prompt", "response"]
-    named = target.examples.merge(examples[["step", "example", *texts]], on=["step", "example"], how="left")
+    named = target.examples.merge(
+        examples[["step", "example", *texts, "prompt_id"]], on=["step", "example"], how="left"
+    )
     named[texts] = named[texts].fillna("")
-    sums = named.groupby(texts, sort=False).agg(share=("share", "sum"), n_steps=("step", "nunique")).reset_index()
+    added = {"share": ("share", "sum"), "n_steps": ("step", "nunique"), "prompt_id": ("prompt_id", "first")}
+    sums = named.groupby(texts, sort=False).agg(**added).reset_index()
     return sums[sums["share"] < 0].nsmallest(n, "share"), sums[sums["share"] > 0].nlargest(n, "share")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from llm_dynamics.report.causes import (
     waterfall_order,
 )
 from llm_dynamics.report.families import style_of
+from llm_dynamics.report.influence_map_data import MAX_CELLS, map_data
 from llm_dynamics.report.palette import cause_colours
 from llm_dynamics.report.text import precise_nats, rounded
+from llm_dynamics.report.why_explained import explained_by_step, explained_in_words
 from llm_dynamics.report.why_tokens import target_data
 from llm_dynamics.runlog import RunLog, RunLogs
 
@@ -29,48 +32,91 @@ MAX_TOKENS = 60_000
 """Training tokens embedded over all runs: about a megabyte."""
 
 
-def explained_runs(runs: RunLogs) -> dict[str, RunLog]:
-    """Return the runs that have an account of at least one step."""
-    return {name: run for name, run in runs.runs.items() if run.explained_steps}
+Extent = tuple[float, float]
+"""The least and the largest level of a waterfall, nats."""
 
 
-def why(name: str, run: RunLog, max_tokens: int = MAX_TOKENS) -> tuple[dict[str, Any], dict[str, Any]]:
+def why_section(runs: RunLogs) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Tell why the families of all runs moved, side by side.
+
+    Args:
+        runs: The runs; what those without accounts lack is told.
+
+    Returns:
+        What the template says: `runs`, one mapping per explained run, and `unexplained`, the names of the others. And
+        what the scripts draw from, one mapping per explained run. A family's waterfalls have one scale in all runs.
+    """
+    explained = {name: run for name, run in runs.runs.items() if run.explained_steps}
+    accounts = {name: family_accounts(run) for name, run in explained.items()}
+    levels: dict[str, list[float]] = {}
+    for account in (one for own in accounts.values() for one in own.values()):
+        levels.setdefault(account.family, []).extend(_levels(account))
+    scales = {family: (min(own), max(own)) for family, own in levels.items()}
+    n = max(1, len(explained))
+    pairs = [
+        why(name, run, max_tokens=MAX_TOKENS // n, max_cells=MAX_CELLS // n, accounts=accounts[name], scales=scales)
+        for name, run in explained.items()
+    ]
+    unexplained = [name for name in runs.runs if name not in explained]
+    return {"runs": [view for view, _ in pairs], "unexplained": unexplained}, [data for _, data in pairs]
+
+
+def why(
+    name: str,
+    run: RunLog,
+    max_tokens: int = MAX_TOKENS,
+    max_cells: int = MAX_CELLS,
+    *,
+    accounts: dict[str, FamilyAccount] | None = None,
+    scales: Mapping[str, Extent] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tell why the families of a run moved.
 
     Args:
         name: The run's name.
         run: A run with accounts.
         max_tokens: Training tokens to embed at most; the first target is embedded whatever its size.
+        max_cells: Cells of influence maps to embed at most; one map is embedded whatever its size.
+        accounts: Those of `family_accounts`, where they are known already.
+        scales: The scale of each family's waterfall; its own where None.
 
     Returns:
-        What the template says about it (places of the drawing are percentages of its width), and what `why.js` draws
-        from, as plain JSON types: `families`, bars per explained step by family; `targets`, the strongest training
-        tokens and examples of each.
+        What the template says about it (places of the drawing are percentages of its width), and what `why.js` and
+        `influence_map.js` draw from, as plain JSON types: `families`, bars per explained step by family; `explained`,
+        the explained share by step; `targets`, the strongest training tokens and examples of each; `maps`.
     """
-    names, accounts = cause_names(run), family_accounts(run)
-    targets = target_data(run, max_tokens)
+    names, accounts = cause_names(run), family_accounts(run) if accounts is None else accounts
+    targets, maps = target_data(run, max_tokens), map_data(run, max_cells)
     view = {
         "name": name,
         "trainer": str(run.meta.get("trainer", "")),
         "n_explained": len(run.explained_steps),
         "steps": steps_in_words(run),
         "balance": balance_in_words(run.accounts),
+        "explained": explained_in_words(run.accounts),
         "notes": notes(run.accounts),
-        "families": [_waterfall(account, names) for account in accounts.values()],
+        "families": [_waterfall(account, names, (scales or {}).get(family)) for family, account in accounts.items()],
         "table": _table(accounts, names),
         "targets": _menu(targets.shown),
         "n_targets": targets.n_targets,
         "n_shown": len(targets.shown),
         "n_token_steps": targets.n_steps,
+        "maps": maps.view,
     }
     steps = {family: _by_step(account, names) for family, account in accounts.items()}
-    return view, {"families": steps, "targets": targets.shown}
+    data = {"families": steps, "explained": explained_by_step(run.accounts), "targets": targets.shown}
+    return view, data | {"maps": maps.data}
 
 
-def _waterfall(account: FamilyAccount, names: Names) -> dict[str, Any]:
+def _levels(account: FamilyAccount) -> list[float]:
+    """Return the levels that a family's waterfall passes through, nats, from no change on."""
+    return [0.0, *np.cumsum([cause.share for cause in account.causes]).tolist(), account.measured]
+
+
+def _waterfall(account: FamilyAccount, names: Names, scale: Extent | None = None) -> dict[str, Any]:
     """Return the bars of a family with their places in percent of the width, from the least to the largest level."""
-    levels = np.concatenate([[0.0], np.cumsum([cause.share for cause in account.causes])])
-    low, high = float(levels.min()), float(levels.max())
+    levels = _levels(account)[:-1]
+    low, high = scale or (min(levels), max(levels))
     width = (high - low) or 1.0
 
     def bar(start: float, end: float) -> dict[str, float]:
@@ -83,7 +129,7 @@ def _waterfall(account: FamilyAccount, names: Names) -> dict[str, Any]:
             "colours": cause_colours(cause.name, cause.part),
             "share": cause.share,
             "gathered": ", ".join(f"{label_of(one, names)} {precise_nats(one.share)}" for one in cause.gathered),
-            **bar(float(start), float(end)),
+            **bar(start, end),
         }
         for cause, start, end in zip(account.causes, levels[:-1], levels[1:], strict=True)
     ]

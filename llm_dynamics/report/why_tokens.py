@@ -11,6 +11,7 @@ import pandas as pd
 from llm_dynamics.report.families import ordered
 from llm_dynamics.report.text import prompt_line, rounded, shortened, visible
 from llm_dynamics.report.training_tokens import Sentence, TargetTokens, strongest_examples, strongest_tokens
+from llm_dynamics.report.why_prompts import Prompts
 from llm_dynamics.runlog import RunLog
 
 MAX_TARGETS = 24
@@ -24,6 +25,7 @@ class _About(NamedTuple):
     examples: pd.DataFrame
     by_place: Mapping[tuple[int, int], _Row]
     probes: Mapping[str, _Row]
+    prompts: Prompts
 
 
 class Targets(NamedTuple):
@@ -55,6 +57,7 @@ def target_data(run: RunLog, max_tokens: int) -> Targets:
         run.training_examples,
         {(row["step"], row["example"]): row for row in run.training_examples.to_dict("records")},
         {row["probe_id"]: row for row in run.probes.to_dict("records")},
+        Prompts(run.training_examples, run.probes),
     )
     targets: list[dict[str, Any]] = []
     n_tokens = 0
@@ -84,31 +87,31 @@ def _target(target: TargetTokens, about: _About) -> dict[str, Any]:
         "label": f"{probe['family']}: {prompt_line(probe['prompt'], 50)}" if probe else target.target,
         "limit": rounded(float(np.median(np.abs(strong)))) if strong else 1.0,
         "leftOut": target.n_nonfinite,
-        "down": [_sentence(one, about.by_place, probe) for one in target.down],
-        "up": [_sentence(one, about.by_place, probe) for one in target.up],
-        "hurting": _examples(hurting),
-        "helping": _examples(helping),
+        "down": [_sentence(one, about, probe) for one in target.down],
+        "up": [_sentence(one, about, probe) for one in target.up],
+        "hurting": _examples(hurting, about.prompts),
+        "helping": _examples(helping, about.prompts),
     }
 
 
-def _sentence(sentence: Sentence, examples: Mapping[tuple[int, int], _Row], probe: _Row) -> dict[str, Any]:
-    example = examples.get((sentence.step, sentence.example), {})
+def _sentence(sentence: Sentence, about: _About, probe: _Row) -> dict[str, Any]:
+    example = about.by_place.get((sentence.step, sentence.example), {})
     role, prompt, prompt_id = (example.get(key) for key in ("role", "prompt", "prompt_id"))
     return {
         "step": sentence.step,
         "role": visible(role) if isinstance(role, str) else "",
-        "prompt": prompt_line(prompt) if isinstance(prompt, str) else "",
+        "prompt": about.prompts.line(prompt, prompt_id),
         "own": isinstance(prompt_id, str) and prompt_id == probe.get("prompt_id"),
         "nTokens": sentence.n_tokens,
         "marks": [
             {key: rounded(mark[key]) for key in ("place", "position", "share", "c", "logp")}
-            | {"token": _shown(mark["token"])}
+            | {"token": shown_token(mark["token"])}
             for mark in sentence.strong
         ],
         "pieces": [
             {
                 "start": piece.start,
-                "tokens": [_shown(token) for token in piece.tokens],
+                "tokens": [shown_token(token) for token in piece.tokens],
                 "shares": [rounded(share, 3) for share in piece.shares.tolist()],
             }
             for piece in sentence.pieces
@@ -116,11 +119,11 @@ def _sentence(sentence: Sentence, examples: Mapping[tuple[int, int], _Row], prob
     }
 
 
-def _examples(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def _examples(frame: pd.DataFrame, prompts: Prompts) -> list[dict[str, Any]]:
     return [
         {
             "role": visible(str(row["role"])),
-            "prompt": prompt_line(str(row["prompt"])),
+            "prompt": prompts.line(row["prompt"], row["prompt_id"]),
             "response": shortened(str(row["response"]), 160),
             "share": rounded(row["share"]),
             "nSteps": int(row["n_steps"]),
@@ -129,6 +132,6 @@ def _examples(frame: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def _shown(token: str) -> str:
+def shown_token(token: str) -> str:
     """Return a token as it stands in a sentence: line breaks are drawn, so that a sentence stays a paragraph."""
     return visible(str(token).replace("\n", "↵"))

@@ -1,5 +1,6 @@
 """Accounts made of numbers that a test chooses."""
 
+import numpy as np
 import pandas as pd
 
 from llm_dynamics.runlog import RunLogWriter, load_run
@@ -38,3 +39,45 @@ def tokens(shares, *, target="chosen", kind="family", example=0):
         {"target": target, "kind": kind, "example": example, "position": range(len(shares)),
          "token": [f" w{place}" for place in range(len(shares))], "logp": -1.0, "c": 0.1, "share": shares}
     )  # fmt: skip
+
+
+def add_maps(run, *, probes=("chosen-0", "rejected-0"), steps=None, n_tokens=6, example=1, seed=0, scale=0.1):
+    """Add influence maps of some probes to an explained run, against one example of each step, and their causes.
+
+    The training tokens of each probe are made to agree: summed over probe tokens, a map is the share of each token.
+    """
+    rng = np.random.default_rng(seed)
+    frames = ("influence", "training_examples", "training_tokens", "accounts")
+    for step in steps or run.explained_steps[-3:]:
+        part = {}
+        for name in frames:
+            frame = getattr(run, name)
+            part[name] = frame[frame["step"] == step].drop(columns="step")
+        told = part["training_tokens"]
+        family = told[(told["kind"] == "family") & (told["target"] == told["target"].iloc[0])]
+        words = family[family["example"] == example]
+        maps, causes, told = [], [], [told[~told["target"].isin(probes)]]
+        for probe in probes:
+            shares = rng.normal(0, scale, (n_tokens, len(words)))
+            maps.append(
+                pd.DataFrame(
+                    {"probe_id": probe, "example": example, "m": np.repeat(range(n_tokens), len(words)),
+                     "l": np.tile(words["position"].to_numpy(), n_tokens), "share": shares.ravel()}
+                )
+            )  # fmt: skip
+            own = family.assign(target=probe, kind="probe")
+            own.loc[own["example"] == example, "share"] = shares.sum(axis=0)
+            told.append(own)
+            pushes = rng.normal(0, scale, (4, n_tokens))
+            for cause, share in zip(("up", "down", "momentum", "remainder"), pushes, strict=True):
+                causes.append(
+                    pd.DataFrame(
+                        {"probe_id": probe, "position": range(n_tokens), "cause": cause, "share": share,
+                         "measured": pushes.sum(axis=0)}
+                    )
+                )  # fmt: skip
+        account = part.pop("accounts").to_dict("records")[0]
+        tables = {"training_tokens": told, "influence_maps": maps, "influence_tokens": causes}
+        stacked = {name: pd.concat(frames, ignore_index=True) for name, frames in tables.items()}
+        RunLogWriter(run.path).write_account(step, part | stacked, account)
+    return load_run(run.path)

@@ -1,0 +1,85 @@
+"""How much of each explained step the account explains: a curve against the line below which it is a rough guide."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from llm_dynamics.report.text import rounded
+
+LINE = 0.9
+MAX_POINTS = 240
+"""Points drawn; where more steps were explained, the lowest of consecutive ones is drawn."""
+HARDLY = 1e-5
+"""Nats: a change of all probe tokens together that float32 cannot measure well; its explained share is noise."""
+_NAMED = 6
+
+
+def explained_by_step(accounts: pd.DataFrame) -> dict[str, Any] | None:
+    """Return the curve of the explained share, as plain JSON types.
+
+    Args:
+        accounts: Rows of `schema.ACCOUNTS`.
+
+    Returns:
+        `steps`; `explained` at each, 1 - |remainder|^2 / |change|^2; `gradient`, the same for the best multiple of
+        -grad, or None; `moved`, |change| over all probe tokens, nats; `hardly`, whether that is at most `HARDLY`;
+        `size`, of how many steps each point is the lowest. None where no step has a finite share.
+    """
+    known = accounts[np.isfinite(accounts["explained"])].sort_values("step")
+    if known.empty:
+        return None
+    size = math.ceil(len(known) / MAX_POINTS)
+    moved = known["measured_norm"].fillna(math.inf)  # where it was not kept, the share counts
+    # of steps that moved something the lowest; of a stretch in which nothing moved, the lowest of these
+    order = known.assign(hardly=moved <= HARDLY, bin=np.arange(len(known)) // size)
+    lowest = order.sort_values(["bin", "hardly", "explained"], kind="stable").drop_duplicates("bin")
+    gradient = lowest["explained_by_gradient"]
+    return {
+        "steps": lowest["step"].astype(int).tolist(),
+        "explained": [rounded(value, 9) for value in lowest["explained"]],
+        "gradient": [rounded(value) for value in gradient] if np.isfinite(gradient).any() else None,
+        "moved": [rounded(value) for value in lowest["measured_norm"]],
+        "hardly": lowest["hardly"].tolist(),
+        "size": size,
+    }
+
+
+def explained_in_words(accounts: pd.DataFrame) -> str:
+    """Say in a sentence or two in which steps the account is a rough guide only.
+
+    Args:
+        accounts: Rows of `schema.ACCOUNTS`.
+
+    Returns:
+        How many steps are below `LINE` and which; how many moved too little to tell; empty where no share is finite.
+    """
+    known = accounts[np.isfinite(accounts["explained"])].sort_values("step")
+    if known.empty:
+        return ""
+    hardly = known["measured_norm"] <= HARDLY
+    told, low = known[~hardly], known[~hardly & (known["explained"] < LINE)]
+    parts = []
+    if len(low):
+        steps = ", ".join(str(step) for step in low["step"].head(_NAMED)) + (", …" if len(low) > _NAMED else "")
+        worst = low.loc[low["explained"].idxmin()]
+        parts.append(
+            f"Below {LINE} in {len(low)} of {len(told)} steps ({steps}), lowest {worst['explained']:.2g} at step "
+            f'{int(worst["step"])}: read the shares of these as a rough guide, or explain with rule="gauss2".'
+        )
+    elif len(told):
+        parts.append(f"No step is below {LINE}; the lowest is {_digits(float(told['explained'].min()))}.")
+    if hardly.any():
+        n = int(hardly.sum())
+        moved = f"{n} step{'s' if n > 1 else ''} moved the probes by {HARDLY:g} nats or less"
+        parts.append(f"{moved}, too little to tell: drawn hollow.")
+    return " ".join(parts).replace("-", "−")
+
+
+def _digits(value: float) -> str:
+    """Write a share with as many nines as it has, and one digit more."""
+    missing = 1 - value
+    return f"{value:.{1 + max(1, math.ceil(-math.log10(missing)))}f}" if missing > 1e-8 else "1"
