@@ -15,7 +15,6 @@ from llm_dynamics.report import figures
 from llm_dynamics.report.families import ARGMAX, GROUPS, argmax_of, ordered, style_of
 from llm_dynamics.report.measured import measured
 from llm_dynamics.report.statements import reading
-from llm_dynamics.report.text import nats
 from llm_dynamics.runlog import RunLog, RunLogs
 
 _VARIANTS = [
@@ -40,7 +39,6 @@ def run_view(name: str, run: RunLog) -> dict[str, Any]:
         "first": steps[0] if steps else None,
         "last": steps[-1] if steps else None,
         "n_probes": len(run.probes),
-        "brief": _brief(moved),
         "moved": _moved_rows(moved),
         "left_out": int(moved["n_nonfinite"].iloc[:-1].sum()),
         "squeezed": [{"name": family, "style": style_of(family)} for family in squeezed],
@@ -78,21 +76,6 @@ def legend(runs: RunLogs) -> list[dict[str, Any]]:
     families = [{"name": family, **asdict(style_of(family))} for family in _families(runs)]
     groups = [{"name": group, "members": [own for own in families if own["group"] == group]} for group in GROUPS]
     return [group for group in groups if group["members"]]
-
-
-def _brief(moved: pd.DataFrame) -> str:
-    """Say in one line what a `what_moved` frame shows."""
-    rows = [row for row in moved.to_dict("records") if math.isfinite(row["delta"])]
-    families = [row for row in rows if row["family"] != ARGMAX]
-    if not any(row["delta"] for row in families):
-        return ""
-    most = max(families, key=lambda row: abs(row["delta"]))
-    fell = sum(row["delta"] < 0 for row in families)
-    text = (
-        f"{fell} of {len(families)} families fell; {most['family']} moved most ({nats(most['delta'], sign=True)} nats)"
-    )
-    greedy = [row["delta"] for row in rows if row["family"] == ARGMAX]
-    return f"{text}; the greedy tokens moved {nats(greedy[0], sign=True)}." if greedy else f"{text}."
 
 
 def _moved_rows(moved: pd.DataFrame) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from plotly.offline import get_plotlyjs
 
 from llm_dynamics.report import content
 from llm_dynamics.report.figures import PANELS
+from llm_dynamics.report.glance import glance
 from llm_dynamics.report.normal import normal_view
 from llm_dynamics.report.rollouts import rollout_views
 from llm_dynamics.report.text import json_for_script, nats, precise_nats
@@ -52,18 +53,22 @@ def write_report(runs: RunLogs | RunLog, path: str | Path, *, title: str = "What
     parts = ["page", *(["why", "influence_map"] if why_data else []), *(["rollouts"] if rollouts else [])]
     data = content.script_data(runs) | {"why": why_data}
     script = "\n".join(_asset(f"{part}.js") for part in (*parts, "unpack", "tokens", "finder", "drawn"))
+    views = [content.run_view(name, run) for name, run in runs.runs.items()]
+    verdicts = [normal_view(name, run) for name, run in runs.runs.items()]
+    accounts = {account["name"]: account for account in why["runs"]}
     # Markup marks what is not to be escaped again: files of this package, plotly.js, JSON made safe for a script and
     # base64.
     page = _template().render(
         title=title,
         policy=_policy(get_plotlyjs(), script),
-        style=Markup("\n".join(_asset(f"{part}.css") for part in (parts[0], "normal", *parts[1:], "tokens"))),
+        style=Markup("\n".join(_asset(f"{part}.css") for part in (parts[0], "glance", "normal", *parts[1:], "tokens"))),
         plotly=Markup(get_plotlyjs()),
         script=Markup(script),
         data=Markup(json_for_script(data | ({"rollouts": curves} if rollouts else {}))),
-        runs=[content.run_view(name, run) for name, run in runs.runs.items()],
+        runs=views,
+        glances=[glance(*both, accounts.get(both[0]["name"])) for both in zip(views, verdicts, strict=True)],
         legend=content.legend(runs),
-        normal=[normal_view(name, run) for name, run in runs.runs.items()],
+        normal=verdicts,
         why=why,
         rollouts=rollouts,
         panels=PANELS,

@@ -18,8 +18,8 @@ from .synthetic import DPO_DELTA, HOSTILE, write_run, write_values
 from .unpacking import unpack_json
 
 QUESTIONS = [
-    "What moved?", "Is it normal?", "Why did it move?", "Where did the mass go?", "Which tokens?", "What does it say?",
-    "How was it measured?",
+    "At a glance", "What moved?", "Is it normal?", "Why did it move?", "Where did the mass go?", "Which tokens?",
+    "What does it say?", "How was it measured?",
 ]  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def test_measured_shows_meta_and_tolerates_its_absence(page, tmp_path):
 def test_hostile_text_is_never_markup(hostile_page):
     outline = Outline(hostile_page)
     assert HOSTILE not in hostile_page
-    assert "<img" not in hostile_page.replace(outline.scripts[2], "")  # plotly.js aside
+    assert "<img" not in hostile_page.replace(outline.scripts[1], "")  # plotly.js aside
     assert "img" not in outline.tags
     assert not outline.handlers
     assert outline.tags.count("script") == 4  # two of data, which never run, plotly.js and the page's own
@@ -146,7 +146,7 @@ def test_only_the_two_scripts_of_the_page_may_run(hostile_page):
     outline = Outline(hostile_page)
     policy = unescape(hostile_page.split('Content-Security-Policy" content="')[1].split('"')[0])
     allowed = re.findall(r"'sha256-([^']+)'", policy)
-    runs = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in outline.scripts[2:]]
+    runs = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in outline.scripts[1::2]]
     assert allowed == runs
     rest = re.sub(r" 'sha256-[^']+'", "", policy)
     assert rest == "default-src 'none'; script-src; style-src 'unsafe-inline'; img-src data: blob:"

@@ -79,7 +79,7 @@ def test_every_control_can_be_reached_by_tab(browser, page):
     name = (
         "(({ id, name, dataset: { family, place, m } }) => id || name || family || place || m)(document.activeElement)"
     )
-    for _ in range(60):
+    for _ in range(90):
         browser.press("Tab", 9)
         reached.add(browser.js(name))
     assert reached >= {"scale", "unit", "band", "chosen", "argmax (rejected prefix)"}

@@ -52,7 +52,7 @@ def test_the_section_asks_why_and_shows_the_runs_that_were_explained(path):
     assert outline.headings == [*QUESTIONS[:2], "Why did it move?", *QUESTIONS[2:]]
     assert re.findall(r'aria-label="Why families moved in (\w+)"', text) == ["dpo"]
     assert 'href="#why"' in text
-    assert outline.tags.count("script") == 3
+    assert outline.tags.count("script") == 4
     assert len(embedded(outline)["why"]) == 1
 
 
@@ -102,7 +102,7 @@ def test_hostile_text_is_never_markup(hostile_path):
     assert HOSTILE not in text
     assert "<img" not in text.replace(outline.scripts[1], "")
     assert not outline.handlers
-    assert outline.tags.count("script") == 3
+    assert outline.tags.count("script") == 4
     (data,) = embedded(outline)["why"]
     assert HOSTILE in data["families"]
 

@@ -1,0 +1,65 @@
+"""What stands first on the page: what moved, why, and what to try, a few lines per run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llm_dynamics.report.families import ARGMAX
+from llm_dynamics.report.text import precise_nats
+
+MOST = 4
+"""Families named of those that fell, and of those that rose; chosen and rejected are always among them."""
+
+
+def glance(view: Mapping[str, Any], verdicts: Mapping[str, Any], account: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Sum up one run.
+
+    Args:
+        view: What `content.run_view` says of the run.
+        verdicts: What `normal.normal_view` says of it.
+        account: What `why.why_section` says of it, or None where none of its steps was explained.
+
+    Returns:
+        `name`, `trainer`, `n_probes`, `n_steps`, `first` and `last` step; `compares`, whether there is anything to
+        compare; `fell` and `rose`, each `n`, `named` (rows of `what_moved`, the largest change first) and `more` (how
+        many are not named); `n_families`; `greedy`, the change of the greedy tokens in nats, or None; `why`, a
+        sentence, or None; `found`, the verdicts found.
+    """
+    rows = [row for row in view["moved"] if math.isfinite(row["delta"])]
+    families = [row for row in rows if row["family"] != ARGMAX]
+    return {
+        **{key: view[key] for key in ("name", "trainer", "n_probes", "n_steps", "first", "last")},
+        "compares": view["n_steps"] > 1 and bool(families),
+        "fell": _named([row for row in families if row["delta"] < 0]),
+        "rose": _named([row for row in families if row["delta"] > 0]),
+        "n_families": len(families),
+        "greedy": next((row["delta"] for row in rows if row["family"] == ARGMAX), None),
+        "why": None if account is None else _why(account["families"]),
+        "found": verdicts["found"],
+    }
+
+
+def _named(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Name chosen and rejected whatever their size, then what moved most; the largest change first."""
+    worth = sorted(rows, key=lambda row: (row["family"] not in ("chosen", "rejected"), -abs(row["delta"])))[:MOST]
+    named = sorted(worth, key=lambda row: -abs(row["delta"]))
+    return {"n": len(rows), "named": named, "more": len(rows) - len(named)}
+
+
+def _why(accounts: Sequence[Mapping[str, Any]]) -> str | None:
+    """Say what pushed and what pulled hardest at chosen, or at the first family there is."""
+    if not accounts:
+        return None
+    account = next((own for own in accounts if own["name"] == "chosen"), accounts[0])
+    moved = account["measured"]
+    down = min(account["bars"], key=lambda bar: float(bar["share"]), default=None)
+    up = max(account["bars"], key=lambda bar: float(bar["share"]), default=None)
+    parts = []
+    if down and down["share"] < 0:
+        parts.append(f"pushed down most by {down['label']} ({precise_nats(down['share'])})")
+    if up and up["share"] > 0:
+        parts.append(f"pulled up most by {up['label']} ({precise_nats(up['share'])})")
+    ordered = parts if moved < 0 else parts[::-1]
+    return f"{account['name']} {precise_nats(moved)} nats in the explained steps: {', '.join(ordered)}."
