@@ -78,7 +78,7 @@ def main() -> None:
             started = time.perf_counter()
             write_log(log, options.rows, options.observations, lean=options.lean)
             print(f"log written in {time.perf_counter() - started:.0f} s", file=sys.stderr)
-        measured = [(way, in_a_process(way, log)) for _ in range(options.rounds) for way in ways]
+        measured = [(way, in_a_process(way, log)) for way in ways * options.rounds]
         check([answer for _, answer in measured])
         print("\n".join(table(measured, log)))
 
@@ -274,7 +274,10 @@ def in_a_process(way: str, log: Path) -> dict:
     )
     if done.returncode:
         sys.exit(f"{way}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout)
+    answer = json.loads(done.stdout)
+    seconds = f"{answer['seconds']:.1f} s, {answer['cpu_seconds']:.1f} s of CPU"
+    print(f"{way}: {seconds}, {answer['peak_bytes'] / 1e6:.0f} MB", file=sys.stderr)
+    return answer
 
 
 def check(answers: list[dict]) -> None:

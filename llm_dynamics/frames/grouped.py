@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FEW_GROUPS = 1000
-"""Up to so many groups are sorted one by one."""
+PER_GROUP = 50
+"""Groups that are larger than this on average are sorted one by one."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _ranked(codes: np.ndarray, values: np.ndarray, first: np.ndarray, n: np.ndar
     """Return the values group by group, ascending within each; those of group g begin at `first[g]` (N,)."""
     # numpy sorts integers of 16 bits or fewer in linear time, and values faster than places
     small = codes.astype(np.uint16 if len(n) <= 2**16 else np.int64)
-    if len(n) <= FEW_GROUPS:
+    if len(n) * PER_GROUP <= len(values):
         ranked = values[np.argsort(small, kind="stable")]
         for start, length in zip(first, n, strict=True):
             ranked[start : start + length].sort()
