@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import pandas as pd
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llm_dynamics import _trl
 from llm_dynamics.callbacks.probe import watcher_of
 from llm_dynamics.callbacks.sharding import broadcast
 from llm_dynamics.likelihood.verdicts import is_squeezing
@@ -15,12 +17,19 @@ from llm_dynamics.runlog import load_run
 
 logger = logging.getLogger(__name__)
 
+_ALERTS: Mapping[str, Callable[[Any, str, str], None]] = {
+    "wandb": lambda wandb, title, text: wandb.run.alert(title=title, text=text, level="WARN"),
+    "trackio": lambda trackio, title, text: trackio.alert(title=title, text=text, level=trackio.AlertLevel.WARN),
+}
+"""Trackers that have alerts, and how one is sent to the run that is open."""
+
 
 class SqueezingAlert(TrainerCallback):
     """Judges each observation of the trainer's `ProbeCallback` by the rule `squeezing` (`likelihood.verdicts`).
 
-    When it is found first, one warning goes to the log with the numbers that decide. With `stop_on="squeezing"`
-    training stops at the end of that step.
+    When it is found first, one warning with the numbers that decide goes to the log, and to the alerts of wandb or
+    trackio where the run reports there (`report_to`). With `stop_on="squeezing"` training stops at the end of that
+    step. A tracker that fails stops nothing.
 
     Attributes:
         found_at: The step at which it was found first; None before.
@@ -63,10 +72,17 @@ class SqueezingAlert(TrainerCallback):
         if self._judge(state) and self.stop_on == "squeezing":
             control.should_training_stop = True
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Judge the observation of a run that was stopped between two others, while its trackers are still open."""
+        if control.should_training_stop:
+            self._judge(state)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Judge the observation of a run that was stopped between two others."""
+        """Judge an observation that was made only now."""
         self._judge(state)
 
     def _judge(self, state: TrainerState) -> bool:
@@ -82,13 +98,22 @@ class SqueezingAlert(TrainerCallback):
         if self.found_at is None:
             self.found_at = state.global_step
             if state.is_world_process_zero:
-                logger.warning(
-                    "step %d: squeezing: %s. Negative gradients on unlikely responses do this: extend first, lower the "
-                    "learning rate, or stop",
-                    state.global_step,
-                    evidence,
-                )
+                self._tell(state.global_step, evidence)
         return True
+
+    def _tell(self, step: int, evidence: str) -> None:
+        title = f"step {step}: squeezing"
+        text = (
+            f"{evidence}. Negative gradients on unlikely responses do this: extend first (SFT on both responses), "
+            "lower the learning rate, or stop"
+        )
+        logger.warning("%s: %s", title, text)
+        for name, tracker in _trl.open_trackers(self.watcher.trainer).items():
+            if name in _ALERTS:
+                try:
+                    _ALERTS[name](tracker, title, text)
+                except Exception as error:  # a service that is down must not end the run
+                    logger.warning("%s did not take the alert (%s: %s)", name, type(error).__name__, error)
 
     def _finding(self) -> tuple[bool, str] | None:
         """Compare the first observation with the last, the only ones read: a long log has hundreds."""

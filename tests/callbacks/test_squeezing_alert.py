@@ -1,15 +1,21 @@
 """What a run is told, and whether it is stopped, when its mass goes into the greedy tokens."""
 
+import contextlib
 import logging
+import os
+import sqlite3
 
 import pytest
+import trackio
 from transformers import TrainerCallback
 
 import llm_dynamics.callbacks.squeezing_alert as module
 from llm_dynamics import SqueezingAlert, load_run, watch
 from llm_dynamics.likelihood.verdicts import is_squeezing
+from tests.callbacks.trackers import fake_wandb
 from tests.training import build_trainer, make_probes, own_rows, save_tiny_model, weights_of
 
+PROJECT = "llm-dynamics-alerts"
 LARGE_STEPS = {"learning_rate": 2e-2, "lr_scheduler_type": "constant", "per_device_train_batch_size": 6}
 
 
@@ -27,15 +33,22 @@ def warnings(caplog):
     return [record.message for record in caplog.records if record.name == module.__name__]
 
 
-def train(model_folder, folder, *, every=1, max_steps=5, callbacks=(), **alert):
+def train(model_folder, folder, *, every=1, max_steps=5, callbacks=(), arguments=None, **alert):
     """A DPO run with a large learning rate, of which rejected is watched, with its alert."""
-    trainer = build_trainer("dpo", model_folder, folder, max_steps=max_steps, **LARGE_STEPS)
+    trainer = build_trainer("dpo", model_folder, folder, max_steps=max_steps, **LARGE_STEPS, **arguments or {})
     watch(trainer, make_probes(families=("rejected",)), every=every, tokens=False)
     alert = SqueezingAlert(trainer, **alert)
     for callback in (alert, *callbacks):
         trainer.add_callback(callback)
     trainer.train()
     return trainer, alert
+
+
+class Stop(TrainerCallback):
+    """Stops the run at step 3."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 3
 
 
 @pytest.fixture
@@ -66,6 +79,60 @@ def test_a_run_that_squeezes_is_told_once_with_the_numbers_that_decide(model_fol
     (said,) = warnings(caplog)
     assert said.startswith(f"step {first}: squeezing: {by_step[first][1]}")
     assert trainer.state.global_step == 5  # nothing was stopped
+
+
+def alerts_of_trackio(run_name):
+    with contextlib.closing(sqlite3.connect(trackio.utils.TRACKIO_DIR / f"{PROJECT}.db")) as database:
+        return database.execute("SELECT title, text, level FROM alerts WHERE run_name = ?", (run_name,)).fetchall()
+
+
+def test_the_alerts_of_trackio_have_it_once(model_folder, tmp_path):
+    assert str(trackio.utils.TRACKIO_DIR) == os.environ["TRACKIO_DIR"]  # see conftest.py: not the user's
+    reported = {"report_to": ["trackio"], "project": PROJECT, "run_name": tmp_path.name}
+    _, alert = train(model_folder, tmp_path, arguments=reported)
+    ((title, text, level),) = alerts_of_trackio(tmp_path.name)
+    sequences = load_run(tmp_path).sequences
+    _, evidence = is_squeezing(sequences[sequences["step"].isin([0, alert.found_at])])
+    assert title == f"step {alert.found_at}: squeezing"
+    assert text.startswith(f"{evidence}. ")
+    assert level == "warn"
+
+
+def test_a_run_that_is_stopped_between_observations_is_told_before_its_tracker_closes(model_folder, tmp_path, findings):
+    findings("cf")
+    reported = {"report_to": ["trackio"], "project": PROJECT, "run_name": tmp_path.name}
+    train(model_folder, tmp_path, every=2, callbacks=[Stop()], arguments=reported)
+    ((title, *_),) = alerts_of_trackio(tmp_path.name)
+    assert title == "step 3: squeezing"
+
+
+def test_wandb_is_alerted_too(model_folder, tmp_path, findings, monkeypatch):
+    wandb, sent = fake_wandb(monkeypatch), []
+    opened = wandb.init
+
+    def init(**options):
+        opened(**options)
+        wandb.run.alert = lambda title, text, level: sent.append((title, text, level))
+
+    monkeypatch.setattr(wandb, "init", init)
+    findings("cffcc")
+    train(model_folder, tmp_path, arguments={"report_to": ["wandb"]})
+    ((title, text, level),) = sent
+    assert title == "step 2: squeezing"
+    assert text.startswith("5 of 5 families fell. ")
+    assert level == "WARN"
+
+
+def test_a_tracker_that_fails_ends_nothing(model_folder, tmp_path, findings, monkeypatch, caplog):
+    wandb = fake_wandb(monkeypatch)  # its run has no alert()
+    findings("fcccc")
+    trainer, alert = train(model_folder, tmp_path, arguments={"report_to": ["wandb"]})
+    assert wandb.opened == 1
+    assert trainer.state.global_step == 5
+    assert alert.found_at == 1
+    found, failed = warnings(caplog)
+    assert found.startswith("step 1: squeezing")
+    assert failed.startswith("wandb did not take the alert (AttributeError: ")
 
 
 def test_stop_on_squeezing_ends_the_run_at_that_step(model_folder, tmp_path):
@@ -105,10 +172,6 @@ def test_patience_is_observations_in_a_row(letters, patience, stops_at, model_fo
 
 
 def test_the_observation_of_a_run_that_another_callback_stops_is_judged_too(model_folder, tmp_path, findings, caplog):
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 3
-
     asked = findings("cf")
     _, alert = train(model_folder, tmp_path, every=2, callbacks=[Stop()])
     assert asked == [[0, 2], [0, 3]]
