@@ -47,9 +47,11 @@ def token_section(runs: RunLogs, max_chars: int = MAX_CHARS) -> TokenSection:
     cells = MAX_CELLS // len(runs.runs)
     tables = {name: table for name, run in runs.runs.items() if (table := read_token_table(run, cells)) is not None}
     dictionary = {"": 0}
-    # the dictionary and the index are packed last, when it is known what they hold
-    room = max_chars - min(MAX_INDEX_CHARS, max_chars // 3)
-    kept = _packed_runs(tables, dictionary, room)
+    # the index is packed twice: to know what room it leaves, and with the places of the blocks that fit
+    sketch = {(name, probe): place for name, table in tables.items() for place, probe in enumerate(table.probe_ids)}
+    texts = {"strings": [text for table in tables.values() for text in table.strings]}
+    size = len(index.packed(sketch, texts, min(MAX_INDEX_CHARS, max_chars // 3)))
+    kept = _packed_runs(tables, dictionary, max_chars - int(1.05 * size) - 1000)
     places: dict[tuple[str, str], int] = {}
     blocks: list[str] = []
     for name, own in kept.items():

@@ -24,7 +24,8 @@
   const digits = () => Math.max(2, Math.ceil(-Math.log10(shown.tokens.resolution)));
   const plain = (value) => (value === null ? "–" : value.toFixed(digits()).replace("-", "−"));
   const signed = (value) => (value === null ? "–" : (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits()));
-  const ranked = (rank) => (rank === 0 ? "–" : rank > 10 ? `≈${rank.toLocaleString("en")}` : String(rank));
+  const grouped = new Intl.NumberFormat("en");
+  const ranked = (rank) => (rank === 0 ? "–" : rank > 10 ? `≈${grouped.format(rank)}` : String(rank));
 
   // ---- the numbers of the probe that is shown
   function changes(logp) {
@@ -115,8 +116,8 @@
       hovertemplate: "<b>%{customdata[0]}</b>, step %{y}<br>change %{customdata[4]} nats<br>log-prob %{customdata[1]}, " +
         "rank %{customdata[2]}<br>greedy token: %{customdata[3]}<extra></extra>",
     }], {
-      width, height, dragmode: false, margin: { l: 46, r: 8, t: 66, b: 92 }, shapes: frame(),
-      xaxis: { tickvals: labels.map((_, m) => m), ticktext: labels, tickangle: -60, showline: false,
+      width, height, dragmode: false, margin: { l: 22 + 8 * Math.max(3, String(steps.at(-1)).length), r: 8, t: 66, b: 92 }, shapes: frame(),
+      xaxis: { tickvals: labels.map((_, m) => m), ticktext: labels, tickangle: -60, ticklabeloverflow: "allow", showline: false,
         ticks: "", tickfont: { family: css("--mono"), size: 11, color: css("--ink") } },
       yaxis: { type: "category", autorange: "reversed", showgrid: false, nticks: 24, title: { text: "step", standoff: 4 } },
     });
