@@ -1,4 +1,4 @@
-"""The command line: `llm-dynamics probes | score | explain | report | compare | demo`."""
+"""The command line: `llm-dynamics probes | score | explain | report | compare | judge | demo`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import typer
 from rich.text import Text
 
-from llm_dynamics.cli import demo, models, probes, runs
+from llm_dynamics.cli import demo, judge, models, probes, runs
 from llm_dynamics.cli.show import console as console
 from llm_dynamics.cli.show import errors, one_line
 
@@ -19,10 +19,11 @@ app = typer.Typer(
     "In a training script, one line watches a run: `watch(trainer, probes)`. These commands prepare probes, "
     "score checkpoints, write reports, and show it all on a real small model.\n\n"
     "Example: `llm-dynamics demo --quick`",
-    epilog="An error is one line; LLM_DYNAMICS_TRACEBACK=1 in the environment shows where it came from.",
+    epilog="Exit status: 0 done; 1 an error, which is one line on stderr (LLM_DYNAMICS_TRACEBACK=1 in the environment "
+    "shows where it came from); 2 an option that does not exist. `--json` prints for other programs.",
 )
 app.add_typer(probes.app, name="probes")
-for command in (models.score, models.explain, runs.report, runs.compare, demo.demo):
+for command in (models.score, models.explain, runs.report, runs.compare, judge.judge, demo.demo):
     app.command(command.__name__)(command)
 
 

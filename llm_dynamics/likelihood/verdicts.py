@@ -170,3 +170,6 @@ _RULES: tuple[tuple[str, str, Callable[[RunTables, pd.DataFrame], Outcome], str,
         "(--learning_rate, float16). One observation: a smaller --watch_every.",
     ),
 )
+
+RULE_NAMES: tuple[str, ...] = tuple(name for name, *_ in _RULES)
+"""Names of the rules, in their order."""
