@@ -72,16 +72,21 @@ def update_names(logs: Sequence[RunLog]) -> dict[str, str]:
 
     In DPO all tokens that are pulled up are the chosen responses'; in SFT all are `trained`.
     """
-    names = {"up": "tokens, pulled up", "down": "tokens, pushed down"}
+    moved = {"up": "pulled up", "down": "pushed down"}
     examples = pd.concat([log.training_examples for log in logs], ignore_index=True)
     roles = {
         "up": set(examples.loc[examples["c_sum"] < 0, "role"]),
         "down": set(examples.loc[examples["c_sum"] > 0, "role"]),
     }
+    names = {}
     for cause, opposite in (("up", "down"), ("down", "up")):
         if len(roles[cause]) == 1 and not roles[cause] & roles[opposite]:
-            names[cause] = f"{next(iter(roles[cause]))} {names[cause]}"
-    return names | {f"momentum_{cause}": f"momentum of {name.partition(',')[0]}" for cause, name in names.items()}
+            tokens = f"{next(iter(roles[cause]))} tokens"
+            names |= {cause: f"{tokens}, {moved[cause]}", f"momentum_{cause}": f"momentum of {tokens}"}
+        else:
+            tokens = f"tokens {moved[cause]}"
+            names |= {cause: tokens, f"momentum_{cause}": f"momentum of {tokens}"}
+    return names
 
 
 def draw_accounts(part: SubFigure, tables: Mapping[str, pd.DataFrame]) -> list[Axes]:

@@ -207,6 +207,17 @@ def test_update_types_bear_the_names_of_roles_and_come_in_order(sft_figure):
     ]
 
 
+def test_without_training_examples_update_types_are_named_after_their_direction(tmp_path):
+    run = copy_run("dpo", tmp_path / "dpo", keep=lambda table, step: table != "training_examples")
+    table = importlib.import_module("accumulated").accumulated_influence([load_run(run)])
+    assert list(dict.fromkeys(table["update"]))[:4] == [
+        "tokens pulled up",
+        "tokens pushed down",
+        "momentum of tokens pulled up",
+        "momentum of tokens pushed down",
+    ]
+
+
 def test_accounts_are_averaged_over_the_seeds_that_have_one():
     folders = [EXAMPLE / "seed0" / name for name in ("dpo", "extend_dpo")] + [EXAMPLE / "seed1" / "dpo"]
     accumulated = importlib.import_module("accumulated").accumulated_influence
