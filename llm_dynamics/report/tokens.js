@@ -96,8 +96,12 @@
     if (!tokens) return;
     const { steps } = tokens, labels = tokens.tokens.map((token) => escaped(label(token)));
     const names = tokens.tokens.map((token) => escaped(label(token, 40)));
-    const room = box.parentElement.clientWidth;
-    const width = Math.max(room, 54 + 22 * labels.length);
+    // Paper does not scroll: there the whole response is as wide as a page, and only some tokens are named.
+    const paper = "print" in document.documentElement.dataset;
+    const room = paper ? Math.min(660, box.parentElement.clientWidth) : box.parentElement.clientWidth;
+    const width = paper ? room : Math.max(room, 54 + 22 * labels.length);
+    const every = Math.ceil((14 * labels.length) / (width - 54));
+    const named = labels.map((_, m) => m).filter((m) => m % every === 0);
     const height = Math.min(160 + Math.max(15, Math.min(26, 340 / steps.length)) * steps.length, room < 460 ? 480 : 640);
     const hover = tokens.logp.map((row, s) => row.map((value, m) => [
       names[m], value === null ? "not finite" : plain(value), ranked(tokens.rank[s][m]), escaped(label(tokens.greedy[s][m], 40)),
@@ -117,7 +121,7 @@
         "rank %{customdata[2]}<br>greedy token: %{customdata[3]}<extra></extra>",
     }], {
       width, height, dragmode: false, margin: { l: 22 + 8 * Math.max(3, String(steps.at(-1)).length), r: 8, t: 66, b: 92 }, shapes: frame(),
-      xaxis: { tickvals: labels.map((_, m) => m), ticktext: labels, tickangle: -60, ticklabeloverflow: "allow", showline: false,
+      xaxis: { tickvals: named, ticktext: named.map((m) => labels[m]), tickangle: -60, ticklabeloverflow: "allow", showline: false,
         ticks: "", tickfont: { family: css("--mono"), size: 11, color: css("--ink") } },
       yaxis: { type: "category", autorange: "reversed", showgrid: false, nticks: 24, title: { text: "step", standoff: 4 } },
     });

@@ -185,6 +185,21 @@ def test_runs_without_tokens_or_observations_can_be_searched(browser, tmp_path):
         assert browser.js("document.querySelector('#finder [name=run]')") is None  # one run needs no choice
 
 
+def test_on_paper_a_long_response_is_no_wider_than_a_page(browser, tmp_path):
+    run = write_run(tmp_path / "run", "DPOTrainer", {"rejected": -9.0}, n_prompts=1, n_tokens=120)
+    browser.open(write_report(run, tmp_path / "report.html"))
+    width = "document.getElementById('heatmap').getBoundingClientRect().width"
+    ticks = "document.querySelectorAll('#heatmap .xtick').length"
+    assert browser.js(width) > 2000
+    assert browser.js(ticks) == 120
+    browser.js("window.dispatchEvent(new Event('beforeprint'))")
+    assert browser.js(width) <= 660
+    assert browser.js("document.getElementById('heatmap').data[0].z[0].length") == 120
+    assert browser.js(ticks) == 40
+    browser.js("window.dispatchEvent(new Event('afterprint'))")
+    assert browser.js(width) > 2000
+
+
 def test_hostile_probes_are_found_and_chosen_as_text(browser, hostile, tmp_path):
     browser.open(write_report(load_runs({HOSTILE: hostile.path}), tmp_path / "report.html", title=HOSTILE))
     find(browser, text="</SCRIPT><img", family=HOSTILE)
