@@ -372,25 +372,40 @@ def test_snapshot_holds_what_a_plain_step_does(snapshot):
                 torch.testing.assert_close(found.predicted[o, u], moved.detach(), rtol=1e-2, atol=1e-2 * size)
 
 
+def jacobian(model, response, *, of_log_probs):
+    """All outputs at all response tokens by all parameters, one backward each."""
+    ids = torch.tensor([response.prompt_ids + response.response_ids])
+    logits = model(input_ids=ids).logits[0, len(response.prompt_ids) - 1 : -1]
+    outputs = logits.log_softmax(-1) if of_log_probs else logits
+    rows = [torch.autograd.grad(value, list(model.parameters()), retain_graph=True) for value in outputs.flatten()]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
 def test_bounds_lie_below_the_norm_of_the_kernel(snapshot):
     found, model, trains, responses = snapshot
-
-    def jacobian(response, visible):
-        ids = torch.tensor([response.prompt_ids + response.response_ids])
-        logits = model(input_ids=ids).logits[0, len(response.prompt_ids) - 1 : -1]
-        outputs = logits.log_softmax(-1) if visible else logits
-        rows = [torch.autograd.grad(value, list(model.parameters()), retain_graph=True) for value in outputs.flatten()]
-        return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
-
-    for visible, norm, error in ((False, found.norm, found.norm_error), (True, found.visible, found.visible_error)):
-        exact = (jacobian(responses[3], visible) @ jacobian(trains[1], visible).T).norm()
-        assert float((norm[3, 1] - exact).abs()) < 5 * float(error[3, 1])
-        assert float(error[3, 1]) < 0.2 * float(exact)
+    exact = (
+        jacobian(model, responses[3], of_log_probs=False) @ jacobian(model, trains[1], of_log_probs=False).T
+    ).norm()
+    assert float((found.norm[3, 1] - exact).abs()) < 5 * float(found.norm_error[3, 1])
+    assert float(found.norm_error[3, 1]) < 0.2 * float(exact)
     slack = 4 * found.norm_error
     assert (found.lbk < found.norm + slack).all()
     assert (found.spectral < found.norm + slack).all()
     assert (found.spectral > found.lbk).all()
     assert (found.visible_bound < found.visible + 4 * found.visible_error).all()
+
+
+def test_visible_norm_is_that_of_log_probs_met_by_random_signs(snapshot):
+    found, model, trains, responses = snapshot
+    weights = dict(model.named_parameters())
+    norm, error = script("kernel_snapshot").visible_norms(model, [responses[3]], [trains[1]], draws=3, weights=weights)
+    generator = torch.Generator().manual_seed(0)
+    draws = [(2 * torch.randint(2, (5, 64), generator=generator) - 1).double() for _ in range(3)]
+    kernel = jacobian(model, responses[3], of_log_probs=True) @ jacobian(model, trains[1], of_log_probs=True).T
+    squares = torch.stack([(kernel @ e.flatten()).square().sum() for e in draws])
+    torch.testing.assert_close(norm[0, 0], squares.mean().sqrt(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(error[0, 0], squares.std() / 3**0.5 / (2 * norm[0, 0]), rtol=1e-3, atol=0)
+    assert float((found.visible[3, 1] - kernel.norm()).abs()) < 5 * float(found.visible_error[3, 1])
 
 
 def test_comparison_with_itself_is_no_change(snapshot):
