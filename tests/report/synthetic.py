@@ -85,8 +85,9 @@ def write_run(
         rows = _token_rows(probes[kept], logp[kept].to_numpy(), weights[kept], tokens) if keep_tokens else None
         if jitter:
             rows["logp"] -= np.abs(rng.normal(0, jitter, len(rows)))
-            rows["rank"] = np.exp(2 - rows["logp"] + rng.normal(0, 0.1, len(rows))).astype(int)
+            rows["rank"] = np.maximum(1, np.exp(-rows["logp"] + rng.normal(0, 0.1, len(rows))).astype(int))
             rows.loc[rng.random(len(rows)) < 0.06, "greedy_token"] = " a"
+            rows["greedy_token"] = rows["greedy_token"].where(rows["rank"] > 1, rows["token"])
         writer.write(step, sequences=sequences, tokens=rows, scalars=lambda scalars=scalars: scalars)
     return load_run(folder)
 

@@ -110,15 +110,26 @@ def test_runs_share_the_room_and_small_ones_leave_theirs_to_large_ones(tmp_path)
     large = write_run(tmp_path / "b", "DPOTrainer", DPO_DELTA, n_prompts=4, n_tokens=60)
     both = load_runs({"small": small.path, "large": large.path})
     alone = token_section(RunLogs({"large": large}), max_chars=10**6)
-    together = token_section(both, max_chars=int(1.6 * len(alone.data)))  # half of it would not hold the large one
+    room = int(1.3 * len(alone.data))
+    assert room / 2 < sum(map(len, unpacked(alone)[1]))  # an equal share would not hold the large one
+    together = token_section(both, max_chars=room)
     assert together.view["notes"] == []
+    resolutions = []
+    for index, blocks in map(unpacked, (alone, together)):
+        of_large = [probe["block"] for probe in rows_of(index) if probe["run"] == "large"]
+        seen = [unpack_block(blocks[place - 1], index["strings"])["resolution"] for place in of_large if place > 0]
+        resolutions.append(seen)
+    assert resolutions[0] == resolutions[1]  # as fine as where it is alone
 
 
-def test_dictionary_is_safe_to_show(hostile):
-    index, _ = unpacked(token_section(RunLogs({HOSTILE: hostile})))
-    assert HOSTILE in index["strings"]
-    assert "\\u202e" in index["strings"]
-    assert "\u202e" not in "".join(index["strings"] + index["texts"])
+def test_what_would_act_is_made_visible(tmp_path):
+    run = write_run(
+        tmp_path / "run", "DPOTrainer", {"chosen": -1.0}, n_prompts=1, words=[HOSTILE, "\u202e", "\r", "\x00"],
+        text="a\u202eb", prompt="c\x00d", steps=(0, 5),
+    )  # fmt: skip
+    index, _ = unpacked(token_section(RunLogs({"a": run})))
+    assert {HOSTILE, "\\u202e", "␍", "\\u0000"} <= set(index["strings"])
+    assert index["texts"] == ["c\\u0000d", "a\\u202eb"]
 
 
 def test_runs_without_tokens_can_be_searched(tmp_path):

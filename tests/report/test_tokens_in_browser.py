@@ -8,6 +8,7 @@ from llm_dynamics.report import write_report
 from llm_dynamics.runlog import RunLogs, load_runs
 
 from .synthetic import DPO_DELTA, HOSTILE, write_run, write_values
+from .unpacking import unpack_block, unpack_json
 
 TITLE = "document.getElementById('probe-title').textContent"
 FOUND = "[...document.querySelectorAll('#finder-list [role=option]')]"
@@ -110,6 +111,26 @@ def test_the_heat_map_shows_the_log(browser, page, dpo):
     assert browser.js("document.getElementById('heatmap').data[0].customdata[3][2].slice(2, 4)") == ["4", "·the"]
     assert browser.js("document.getElementById('probe-response').textContent") == "".join(tokens["token"].iloc[:13])
     assert "kept to 0.002 nats" in browser.js("document.getElementById('probe-note').textContent")
+
+
+def test_the_browser_unpacks_what_the_slow_twin_does(browser, tmp_path):
+    run = write_run(tmp_path / "run", "DPOTrainer", {"rejected": -9.0, "chosen": 2.0}, n_prompts=2, jitter=0.3)
+    path = write_report(RunLogs({"a": run}), tmp_path / "report.html")
+    index, *blocks = path.read_text("utf-8").split('id="token-data">')[1].split("</script>")[0].split("\n")
+    strings = unpack_json(index)["strings"]
+    browser.open(path)
+    unpacking = (
+        "page.unpack.index().then((index) => Promise.all(index.probes.map((p) => page.unpack.tokens(index, p))))"
+    )
+    for probe in browser.js(unpacking):
+        twin = next(
+            block for block in (unpack_block(text, strings) for text in blocks)
+            if block["logp"][0] == pytest.approx([row[0] for row in probe["logp"]], abs=1e-9)
+        )  # fmt: skip
+        assert [*map(list, zip(*probe["rank"], strict=True))] == twin["rank"]
+        assert [*map(list, zip(*probe["greedy"], strict=True))] == twin["greedy"]
+        assert [*map(list, zip(*probe["logp"], strict=True))] == [pytest.approx(row, abs=1e-9) for row in twin["logp"]]
+        assert (probe["tokens"], probe["positions"]) == (twin["tokens"], twin["positions"])
 
 
 def test_a_probe_can_be_shown_from_elsewhere_at_one_of_its_tokens(browser, page):
