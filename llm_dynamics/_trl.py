@@ -7,7 +7,7 @@ Read against TRL 1.16.0 and transformers 5.23.0; each function here has a contra
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,21 @@ from llm_dynamics.likelihood.preserve import keeping_trainable
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+@contextmanager
+def _in_place_of(owner: Any, **methods: Any) -> Iterator[None]:
+    """Put functions in the place of an instance's methods, and at the end what stood there before."""
+    before = {name: vars(owner)[name] for name in methods if name in vars(owner)}
+    vars(owner).update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            if name in before:
+                setattr(owner, name, before[name])
+            else:
+                delattr(owner, name)  # the class's own is seen again
 
 
 def add_to_next_row(trainer: Trainer, metrics: Mapping[str, float]) -> bool:
@@ -135,11 +150,8 @@ def recording_clip(trainer: Trainer) -> Iterator[list[float]]:
         return norm
 
     original = accelerator.clip_grad_norm_
-    accelerator.clip_grad_norm_ = clip
-    try:
+    with _in_place_of(accelerator, clip_grad_norm_=clip):
         yield recorded
-    finally:
-        del accelerator.clip_grad_norm_  # the class's own is seen again
 
 
 def noting_checkpoint(trainer: Trainer) -> list[Path]:
@@ -253,11 +265,8 @@ def recording_logp_passes(
         passes.append(LogpPass(result[0], torch.cat(states) if states else None))
         return result
 
-    trainer._get_per_token_logps_and_entropies = compute  # type: ignore[method-assign]
-    try:
+    with _in_place_of(trainer, _get_per_token_logps_and_entropies=compute):
         yield passes
-    finally:
-        del trainer._get_per_token_logps_and_entropies  # the class's own is seen again
 
 
 @contextmanager
@@ -304,11 +313,14 @@ class Rollout:
 
 
 @contextmanager
-def recording_rollouts(trainer: GRPOTrainer | RLOOTrainer) -> Iterator[list[Rollout]]:
+def recording_rollouts(
+    trainer: GRPOTrainer | RLOOTrainer, then: Callable[[], None] | None = None
+) -> Iterator[list[Rollout]]:
     """Record each generation of a GRPO or RLOO trainer, while the context is open.
 
     Args:
         trainer: The trainer.
+        then: Called after each, while the weights are still those that generated.
 
     Yields:
         A list to which each generation is appended when it is scored; empty it to free the tensors.
@@ -325,14 +337,12 @@ def recording_rollouts(trainer: GRPOTrainer | RLOOTrainer) -> Iterator[list[Roll
         training = bool(trainer.model.training)  # type: ignore[union-attr]
         batch = generate(inputs)
         rollouts.append(Rollout(list(inputs), dict(batch), rewards.pop(), training))
+        if then is not None:
+            then()
         return batch
 
-    trainer._generate_and_score_completions = generate_and_score  # type: ignore[method-assign]
-    trainer._calculate_rewards = calculate  # type: ignore[method-assign]
-    try:
+    with _in_place_of(trainer, _generate_and_score_completions=generate_and_score, _calculate_rewards=calculate):
         yield rollouts
-    finally:
-        del trainer._generate_and_score_completions, trainer._calculate_rewards
 
 
 def group_size(trainer: GRPOTrainer | RLOOTrainer, training: bool) -> int:

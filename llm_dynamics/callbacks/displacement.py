@@ -100,7 +100,9 @@ class DisplacementCallback(TrainerCallback):
         """Begin to record generations."""
         self._open.close()
         self._pending, self._last = None, broadcast(self._last_measured(state))
-        self._rollouts = self._open.enter_context(_trl.recording_rollouts(self.trainer))
+        # DeepSpeed takes the step within the backward pass, before `on_pre_optimizer_step`
+        early = self._score_before if self.trainer.is_deepspeed_enabled else None
+        self._rollouts = self._open.enter_context(_trl.recording_rollouts(self.trainer, then=early))
         with evaluating(self._model), self.trainer.accelerator.autocast():
             self._split = split_model(self._model)
 
@@ -114,17 +116,7 @@ class DisplacementCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Score the correct responses of a fresh generation, under the weights that made it."""
-        fresh = [rollout for rollout in self._rollouts if rollout.training]
-        self._rollouts.clear()
-        # steps since the last generation that was measured, whatever the trainer's own rhythm
-        due = self._last is None or state.global_step // self.every != self._last // self.every
-        if not fresh or not due:
-            return
-        begun = time.monotonic()
-        self._last = state.global_step
-        self._pending, self._responses = self._correct_responses(fresh[-1])
-        self._pending["logp_before"] = self._sums(self._responses, self._pending)
-        self._count(begun)
+        self._score_before()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Score them again after the step, write and log."""
@@ -145,6 +137,20 @@ class DisplacementCallback(TrainerCallback):
             _trl.log_row(self.trainer, metrics)
 
     # ---- measuring --------------------------------------------------------------------------------------------------
+
+    def _score_before(self) -> None:
+        fresh = [rollout for rollout in self._rollouts if rollout.training]
+        self._rollouts.clear()
+        # steps since the last generation that was measured, whatever the trainer's own rhythm
+        step = self.trainer.state.global_step
+        due = self._last is None or step // self.every != self._last // self.every
+        if not fresh or not due:
+            return
+        begun = time.monotonic()
+        self._last = step
+        self._pending, self._responses = self._correct_responses(fresh[-1])
+        self._pending["logp_before"] = self._sums(self._responses, self._pending)
+        self._count(begun)
 
     @property
     def _model(self) -> Any:

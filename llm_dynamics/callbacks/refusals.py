@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 from transformers import Trainer
 from trl import RewardTrainer
 
 from llm_dynamics import _trl
-
-logger = logging.getLogger(__name__)
 
 
 def refuse_unscorable(trainer: Trainer) -> None:
@@ -32,8 +28,6 @@ def refuse_unscorable(trainer: Trainer) -> None:
             "FSDP version 1 flattens the parameters, and probes are scored with the model's own modules. Set "
             "fsdp_version: 2 in the accelerate config, train with DDP, or score saved checkpoints."
         )
-    if _trl.is_zero3(trainer):
-        logger.warning("DeepSpeed ZeRO-3: probes are scored through its hooks, but no test of llm_dynamics runs on it")
     if trainer.model is None:
         raise ValueError("the trainer has no model yet (model_init is not supported): build it with `model=`")
     if trainer.processing_class is None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_dynamics.likelihood.packing import SHARED_ROW_TOKENS, TokenRows, single_row
-from llm_dynamics.likelihood.sharded import gathered
+from llm_dynamics.likelihood.sharded import gathered, partitions_gathered
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class SplitModel:
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Return the Hugging Face model inside DDP, `torch.compile` and PEFT wrappers.
+    """Return the Hugging Face model inside DDP, DeepSpeed, `torch.compile` and PEFT wrappers.
 
     Raises:
         NotImplementedError: For PEFT methods that change the input rather than the weights (prompt learning).
@@ -105,6 +105,8 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
+        elif type(model).__module__.startswith("deepspeed."):  # an engine, such as TRL makes of a reference model
+            model = model.module  # type: ignore[assignment]
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
         elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
@@ -151,14 +153,17 @@ def split_model(model: nn.Module) -> SplitModel:
     takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
     limit = _rope_limit(text_config)
     split = SplitModel(base, None if backbone is base else backbone, scale, softcap, takes_positions, rope_limit=limit)
-    if split.backbone is None or not _reproduces_logits(split):
+    with partitions_gathered(base):
+        usable = split.backbone is not None and _reproduces_logits(split)
+        shares = usable and _keeps_responses_apart(split, text_config)
+    if not usable:
         logger.warning(
             "%s post-processes its logits in a way that llm_dynamics does not know: scoring runs its whole forward, "
             "one sequence at a time (slower; the numbers are the model's own)",
             type(base).__name__,
         )
         return SplitModel(base, None, 1.0, None, takes_positions, rope_limit=limit)
-    return replace(split, shares_prompts=_keeps_responses_apart(split, text_config))
+    return replace(split, shares_prompts=shares)
 
 
 def _logit_rule(config: Any) -> tuple[float, float | None]:

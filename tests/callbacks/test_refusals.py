@@ -111,9 +111,10 @@ def with_zero_stage(trainer, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_is_watched_and_stage_3_with_a_word_that_no_test_runs_it(stage, trainer, caplog):
-    assert isinstance(watch(with_zero_stage(trainer, stage), make_probes()), ProbeCallback)
-    assert ("no test of llm_dynamics runs on it" in caplog.text) == (stage == 3)
+def test_zero_is_watched_and_its_steps_are_not_explained(stage, trainer):
+    with pytest.raises(NotImplementedError, match="DeepSpeed partitions optimizer state and gradients"):
+        watch(with_zero_stage(trainer, stage), make_probes(), influence=True)
+    assert isinstance(watch(trainer, make_probes()), ProbeCallback)
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_the_fused_head_runs_the_backbone_through_its_hooks(tmp_path):
     )
     tapped, extra = torch.cat(states[:3]), states[3]
     assert torch.allclose(tapped, extra, atol=1e-5), (
-        f"the fused and the plain forward give other hidden states (positions, masks?): see {NTHR}._completion_states"
+        "the fused and the plain forward give other hidden states (positions, masks?): see trainers/nthr/states.py"
     )
     weight = trainer.model.get_output_embeddings().weight
     made = (tapped @ weight.T).log_softmax(-1).gather(2, batch["completion_ids"][..., None])[..., 0]
@@ -182,7 +182,7 @@ def test_the_fused_head_runs_the_backbone_through_its_hooks(tmp_path):
 def test_the_plain_forward_can_skip_the_vocabulary():
     output = tiny_model()(input_ids=torch.tensor([[5, 6, 7, 8]]), logits_to_keep=1)
     assert output.logits.shape[1] == 1, (
-        f"logits_to_keep=1 gives logits at {output.logits.shape[1]} positions: {NTHR}._completion_states would compute "
+        f"logits_to_keep=1 gives logits at {output.logits.shape[1]} positions: trainers/nthr/states.py would compute "
         "the whole vocabulary"
     )
 

@@ -24,11 +24,11 @@ main_process_port: {port}
 """
 
 
-def run_two_processes(module, workspace, *arguments):
+def run_two_processes(module, workspace, *arguments, launch=LAUNCH):
     """Run `module` under `accelerate launch` with `arguments`; fail the test with what it said where it fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        config = LAUNCH.format(port=free.getsockname()[1])
+        config = launch.format(port=free.getsockname()[1])
     (workspace / "two.yaml").write_text(config)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(workspace / "two.yaml")]
     command += ["--module", module, *map(str, arguments)]
@@ -42,7 +42,7 @@ def run_two_processes(module, workspace, *arguments):
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=180)
+        output, _ = process.communicate(timeout=600)  # a guard against hanging, not a measure of speed
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # the launcher and its workers
         pytest.fail(f"the two processes hang; they said:\n{process.communicate()[0]}")

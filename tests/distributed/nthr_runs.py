@@ -3,6 +3,7 @@
 import random
 from unittest import mock
 
+import pytest
 import transformers
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -12,6 +13,7 @@ from llm_dynamics.trainers import NTHRConfig, NTHRGRPOTrainer
 from llm_dynamics.trainers.nthr import trainer as nthr_trainer_module
 from llm_dynamics.trainers.nthr.token_pool import TokenPool
 from tests.callbacks.explained import short_probes
+from tests.trainers.vllm_stand_in import Engine, install
 
 LONG, SHORT = (7, 8, 9, 10, 11), (1, 2, 3)
 # Rewards of each question's completions, and lengths: questions are answered in order, a few a step.
@@ -44,6 +46,8 @@ RUNS = {
     "group_4": (MIXED, 4, {"nthr_vocab": "group", "nthr_beta": 0.0}),
     "others_4": (MIXED, 4, {"nthr_include_self": False, "nthr_beta": 1.0}),
     "whole_2": (WHOLE, 2, {"nthr_beta": 0.0}),
+    # the first process asks a vLLM server for all completions, and the others receive theirs from it
+    "server_4": (MIXED, 4, {"nthr_beta": 0.0, "use_vllm": True, "vllm_mode": "server"}),
 }
 TENSORS = ("before", "advantages", "scores", "selected", "thresholds", "anchors", "etas", "success")
 
@@ -67,6 +71,23 @@ def questions_of(rewards, size, vocab_size):
                 completions.append((ids, reward))
             answers[f"Question {len(answers)}?"] = completions
     return [{"prompt": prompt} for prompt in answers], answers
+
+
+class Answering(Engine):
+    """What a vLLM server has behind it: known completions, with log-probs near those of an untrained model."""
+
+    def __init__(self, answers):
+        self.answers, self.received = answers, []
+
+    def load(self, weights):
+        """Take note of the weights."""
+        self.received += [name for name, _ in weights]
+
+    def complete(self, prompts, n, **_):
+        """The n completions of each prompt, and what it says of them."""
+        ids = [list(completion) for prompt in prompts for completion in self.answers[tuple(prompt)]]
+        assert len(ids) == n * len(prompts)
+        return ids, [[-5.5 - token % 7 / 10 for token in completion] for completion in ids]
 
 
 class Recorder(TrainerCallback):
@@ -137,9 +158,17 @@ def nthr_run(name, model_folder, output_dir, *, world_size):
         **options,
     )
     model = AutoModelForCausalLM.from_pretrained(model_folder).double()
-    trainer = NTHRGRPOTrainer(
-        model, reward, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, rollout_func=rollout
-    )
+    by_ids = {tuple(tokenizer(prompt)["input_ids"]): [ids for ids, _ in given] for prompt, given in answers.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch, Answering(by_ids))  # for the run that asks a server
+        trainer = NTHRGRPOTrainer(
+            model,
+            reward,
+            config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            rollout_func=None if config.use_vllm else rollout,
+        )
     assert trainer.args.world_size == world_size
     watch(trainer, short_probes(1), every=1, displacement=True)
     recorder = Recorder(trainer)

@@ -43,7 +43,7 @@ def workspace(model_folder, tmp_path_factory):
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=180)
+        output, _ = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         pytest.fail(f"the two processes hang; they said:\n{process.communicate()[0]}")

@@ -447,7 +447,7 @@ def test_the_old_policys_pass_gives_the_states_and_no_other_is_run(settings, tmp
     assert counts["extra"] == 0
     assert passes == 8 * (1 + ("beta" in settings))
     tapped = trainer.shaped.scores
-    monkeypatch.setattr(module, "_has_dropout", lambda model: True)
+    monkeypatch.setattr(module, "has_dropout", lambda model: True)
     again = build(tmp_path, **options | {"script": Script()}, **settings)
     run(again)
     assert counts["extra"] == 1
@@ -481,8 +481,8 @@ def test_whatever_makes_a_training_pass_random_is_seen(noise, tmp_path):
     if noise == "neftune":
         agrees(trainer, rollout.batch, expected(trainer, rollout.batch, MIXED, beta=0.1))
     else:
-        assert module._has_dropout(trainer.model)
-    assert not module._has_dropout(tiny_model())
+        assert module.has_dropout(trainer.model)
+    assert not module.has_dropout(tiny_model())
 
 
 def test_no_pass_is_run_where_no_group_is_mixed(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ class TokenLog(TrainerCallback):
         last = max((step - 1 for step in written if step <= state.global_step), default=None)
         self._pending, self._last = None, broadcast(last)
 
-    def keep(self, inputs: list[dict[str, Any]], batch: dict[str, Any], shaped: ShapedBatch) -> None:
+    def keep(self, batch: dict[str, Any], shaped: ShapedBatch) -> None:
         """Keep a generation of the training batch, if it is due; every process must call."""
         watcher, step = self._watcher, self.trainer.state.global_step
         if watcher is None or (self._last is not None and step // watcher.every == self._last // watcher.every):

@@ -15,13 +15,15 @@ from llm_dynamics.kernel.output_head import output_head
 from llm_dynamics.kernel.residuals import ResidualRule
 from llm_dynamics.likelihood.head import SplitModel, split_model, unwrap_model
 from llm_dynamics.likelihood.preserve import evaluating
-from llm_dynamics.likelihood.sharded import gathered, is_sharded
+from llm_dynamics.likelihood.sharded import gathered
 from llm_dynamics.rollouts import Groups, LossRow, loss_rows
 from llm_dynamics.trainers.nthr.config import SCORED_METHODS, NTHRConfig
 from llm_dynamics.trainers.nthr.llds import llds_penalty
 from llm_dynamics.trainers.nthr.model_card import METHODS, NTHR_PAPER, append_dynamics
+from llm_dynamics.trainers.nthr.refusals import refuse_what_cannot_be_scored
 from llm_dynamics.trainers.nthr.scores import GroupScores, score_group, score_group_exactly
 from llm_dynamics.trainers.nthr.shaping import Scorer, ShapedBatch, shape_batch
+from llm_dynamics.trainers.nthr.states import completion_states, has_dropout
 from llm_dynamics.trainers.nthr.token_log import TokenLog
 from llm_dynamics.trainers.nthr.token_pool import TokenPool
 
@@ -81,34 +83,7 @@ class NTHRGRPOTrainer(GRPOTrainer):
         if reward_funcs is None and not kwargs.get("environment_factory"):
             raise ValueError("reward_funcs is None; pass a reward function, a reward model, or a list of them")
         super().__init__(model, reward_funcs, args, **kwargs)
-        if _trl.is_zero3(self) and args.nthr_method in SCORED_METHODS:
-            raise NotImplementedError(
-                f"nthr_method={args.nthr_method!r} reads the LM head's weights, which DeepSpeed ZeRO-3 partitions: use "
-                "ZeRO-2 or FSDP2"
-            )
-        sharded = _trl.is_fsdp2(self) or _trl.is_zero3(self)
-        if sharded and args.nthr_kernel == "exact" and args.nthr_method in SCORED_METHODS:
-            raise NotImplementedError(
-                "nthr_kernel='exact' needs whole gradients, and the parameters are sharded: set 'last_layer'"
-            )
-        if _trl.takes_images(self) and args.nthr_method in SCORED_METHODS:
-            raise NotImplementedError(
-                f"nthr_method={args.nthr_method!r} scores text completions; {type(self._policy).__name__} takes images"
-            )
-        local = args.per_device_train_batch_size * (args.steps_per_generation or 1)
-        size = _trl.group_size(self, training=True)
-        if args.nthr_kernel == "exact" and args.nthr_method in SCORED_METHODS and local % size:
-            raise ValueError(
-                f"nthr_kernel='exact' needs whole groups on every process; seen {local} responses a process "
-                f"(per_device_train_batch_size x steps_per_generation) in groups of {size}"
-            )
-        local, size = args.per_device_eval_batch_size, _trl.group_size(self, training=False)
-        evaluates = kwargs.get("eval_dataset") is not None
-        if evaluates and args.nthr_kernel == "exact" and args.nthr_method in SCORED_METHODS and local % size:
-            raise ValueError(
-                f"nthr_kernel='exact' needs whole groups on every process, also in evaluation; seen {local} responses "
-                f"a process (per_device_eval_batch_size) in groups of {size}"
-            )
+        refuse_what_cannot_be_scored(self, evaluates=kwargs.get("eval_dataset") is not None)
         self.shaped: ShapedBatch | None = None
         self._split: SplitModel | None = None
         self._generated = (0, -1)  # the step of the last generation for training, and its number within that step
@@ -150,16 +125,16 @@ class NTHRGRPOTrainer(GRPOTrainer):
         if self.config.nthr_method == "none":
             batch = super()._generate_and_score_completions(inputs)
             if self._token_log is not None:
-                self._shape(inputs, batch, None)  # for the run log: the batch stays as it is
+                self._shape(batch, None)  # for the run log: the batch stays as it is
         else:
             needs_states = self.config.nthr_method in SCORED_METHODS and self.config.nthr_kernel == "last_layer"
-            backbone = self._backbone if needs_states and not _has_dropout(self._policy) else None
+            backbone = self._backbone if needs_states and not has_dropout(self._policy) else None
             with _trl.recording_logp_passes(self, backbone) as passes:
                 batch = super()._generate_and_score_completions(inputs)
             old = batch.get("old_per_token_logps")
             states = next((one.states for one in passes if one.logps is old and old is not None), None)
             passes.clear()
-            self._shape(inputs, batch, states)
+            self._shape(batch, states)
         if self.config.llds_coef:
             batch["response_advantages"] = self.shaped.before if self.shaped is not None else batch["advantages"]
         return batch
@@ -183,7 +158,7 @@ class NTHRGRPOTrainer(GRPOTrainer):
 
     # ---- shaping ----------------------------------------------------------------------------------------------------
 
-    def _shape(self, inputs: list[dict[str, Any]], batch: dict[str, Any], states: Tensor | None) -> None:
+    def _shape(self, batch: dict[str, Any], states: Tensor | None) -> None:
         """Put token advantages into `batch`, and keep what they were made of."""
         mask = batch["completion_mask"].bool()
         if "tool_mask" in batch:
@@ -212,7 +187,7 @@ class NTHRGRPOTrainer(GRPOTrainer):
             batch["advantages"] = self.shaped.advantages.to(batch["advantages"])
         self._log_shape(self.shaped, training)
         if self._token_log is not None and training:
-            self._token_log.keep(inputs, batch, self.shaped)
+            self._token_log.keep(batch, self.shaped)
 
     def _scorer(self, batch: dict[str, Any], mask: Tensor, groups: Groups, states: Tensor | None) -> Scorer:
         config = self.config
@@ -278,41 +253,21 @@ class NTHRGRPOTrainer(GRPOTrainer):
         return split
 
     def _completion_states(self, batch: dict[str, Any], groups: Groups) -> Tensor:
-        """Run the policy over the rollouts of mixed groups, without gradient, dropout or head: (B, T, d).
-
-        Responses of like length go together, without the padding behind the longest of them; elsewhere states are zero.
-        """
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        length = batch["completion_ids"].shape[1]
-        lengths = batch["completion_mask"].sum(dim=1).cpu()
-        mixed = [row - groups.first for group in groups.here() if groups.is_mixed(group) for row in group]
-        needed = torch.tensor(mixed, dtype=torch.int64)
-        needed = needed[(needed >= 0) & (needed < groups.count)]
-        if not len(needed):
-            needed = torch.zeros(1, dtype=torch.int64)  # another process has the mixed groups: states of the same kind
-        if is_sharded(self._policy):
-            needed, lengths = torch.arange(groups.count), lengths.fill_(length)  # as many forwards on every process
-        size = self.args.per_device_train_batch_size if self._policy.training else self.args.per_device_eval_batch_size
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs
-        width = batch["prompt_ids"].shape[1]
-        states: Tensor | None = None
+        """Run a pass of our own over the rollouts of mixed groups: (B, T, d)."""
+        args = self.args
+        checkpointing: Any = args.gradient_checkpointing_kwargs
         with (
             evaluating(self._policy),
             _trl.disable_gradient_checkpointing(self._policy, checkpointing),
             self.accelerator.autocast(),
         ):
-            for rows in needed[lengths[needed].argsort(stable=True)].split(size):
-                longest = max(1, int(lengths[rows].max()))
-                rows = rows.to(ids.device)
-                some, seen = ids[rows, : width + longest], mask[rows, : width + longest]
-                with _trl.completion_states(self._backbone, longest) as found:
-                    self._policy(input_ids=some, attention_mask=seen, logits_to_keep=1, use_cache=False)
-                if states is None:
-                    states = found[0].new_zeros(groups.count, length, found[0].shape[2])
-                states[rows, :longest] = found[0]
-        assert states is not None, "there is a response at least"
-        return states
+            return completion_states(
+                self._policy,
+                self._backbone,
+                batch,
+                groups,
+                size=args.per_device_train_batch_size if self._policy.training else args.per_device_eval_batch_size,
+            )
 
     def _draw_seed(self) -> int:
         """Seed of method "random": another one for each generation, and the same after a resume."""
@@ -345,15 +300,3 @@ class NTHRGRPOTrainer(GRPOTrainer):
 
 def _never_scores(group: range, right: list[int], scored: list[int]) -> GroupScores:
     raise AssertionError("no group is scored by this method")
-
-
-def _has_dropout(model: torch.nn.Module) -> bool:
-    """Tell whether a pass in training mode draws random numbers: any dropout above zero, under any name, or noise."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
-            return True
-        for name, value in vars(module).items():
-            random = any(word in name for word in ("drop", "jitter", "neftune"))
-            if random and isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-                return True
-    return False
