@@ -77,6 +77,12 @@ def test_help_teaches_with_an_example(command):
     assert fits(result.output)
 
 
+def test_exit_codes_and_json_are_in_the_help(run):
+    help_text = " ".join(CliRunner().invoke(cli.app, ["--help"], env={"COLUMNS": "80", "TERM": "dumb"}).output.split())
+    assert "Exit status: 0 done; 1 an error" in help_text
+    assert run("probes", "show", "--no-such-option")[0] == 2
+
+
 @pytest.mark.parametrize("command", [[], ["probes"]], ids=" ".join)
 def test_a_group_without_a_command_shows_its_help(command):
     result = CliRunner().invoke(cli.app, command)
@@ -135,11 +141,29 @@ def test_several_columns_of_one_family_are_all_taken(run, tmp_path, preference_r
     assert texts == {"A first text.", "A second text."}
 
 
+def test_build_takes_rows_that_are_not_rejected(run, tmp_path, preference_rows):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in preference_rows]
+    status, *_ = run("probes", "build", write_jsonl(tmp_path / "r.jsonl", rows), tmp_path / "p.parquet")
+    assert status == 0
+    probes = ProbeSet.load(tmp_path / "p.parquet")
+    assert probes.families == ("chosen", "other_train", "ungrammatical")
+    assert {probe.response for probe in probes if probe.family == "chosen"} == {row["completion"] for row in rows}
+
+
+def test_build_prints_its_summary_for_other_programs(run, pairs, tmp_path):
+    status, out, _ = run("probes", "build", pairs, tmp_path / "p.parquet", "--json")
+    assert status == 0
+    said = json.loads(out)
+    assert (said["path"], said["probes"], said["prompts"]) == (str(tmp_path / "p.parquet"), 24, 6)
+    assert [row["family"] for row in said["families"]] == ["chosen", "rejected", "other_train", "ungrammatical"]
+    assert all(row["n"] == 6 for row in said["families"])
+
+
 def test_what_was_dropped_is_said_on_one_line_and_shown(run, tmp_path, preference_rows):
     rows = [*preference_rows[:3], {**preference_rows[3], "rejected": "  "}]
     status, out, err = run("probes", "build", write_jsonl(tmp_path / "r.jsonl", rows), tmp_path / "p.parquet")
     assert status == 0
-    assert err == "warning: 1 probes dropped (rejected: 1 x empty response); `ProbeSet.dropped` names each\n"
+    assert err == "warning: 1 probes dropped (rejected: 1 x empty response); `llm-dynamics probes show` says why\n"
     assert "why dropped" in out
     assert "empty response: 1" in re.sub(r"\s+", " ", out.replace("│", " "))
     _, shown, _ = run("probes", "show", tmp_path / "p.parquet")
@@ -198,19 +222,26 @@ def test_a_missing_column_is_named_with_those_seen_and_the_way_out(run, tmp_path
     [
         (["--family", "nonsense"], "Unknown family 'nonsense'; known: chosen, rejected"),
         (["--family", "argmax"], "greedy token"),
-        (["--family", "other_test"], "held"),
-        (["--family", "random_tokens"], "tokenizer"),
+        (["--family", "argmax"], "Leave it out of the `--family` options"),
+        (["--family", "other_test"], "pass its rows as `--held-out FILE`"),
+        (["--family", "random_tokens"], "name the model's tokenizer with `--tokenizer`"),
+        (["--family", "chosen_semantic"], "map it to a column of the data (`--column chosen_semantic=NAME`)"),
+        (["--family", "human_random"], "`--column"),
         (["--column", "nonsense=chosen"], "Unknown family 'nonsense'"),
         (["--column", "chosen"], "--column is 'chosen'; write family=column"),
         (["--column", "=chosen"], "write family=column"),
         (["--column", "chosen="], "write family=column"),
         (["--column", "prompt=prompt", "--column", "prompt=chosen"], "several columns for the prompt"),
-        (["--prompts", "7"], "n_prompts is 7 and there are 6"),
+        (["--prompts", "7"], "--prompts is 7 and there are 6 prompts; ask for fewer, or leave it out for all"),
+        (["--prompts", "0"], "--prompts is 0; it must be at least 1, or leave it out for all"),
         (["--tokenizer", "/no/such/folder"], "no tokenizer at '/no/such/folder'"),
     ],
 )
-def test_bad_options_are_explained(run, pairs, tmp_path, options, said):
-    assert said in refused(run("probes", "build", pairs, tmp_path / "p.parquet", *options))
+def test_bad_options_are_explained_by_their_flags(run, pairs, tmp_path, options, said):
+    message = refused(run("probes", "build", pairs, tmp_path / "p.parquet", *options))
+    assert said in message
+    for argument in ("n_prompts", "held_out=", "tokenizer=", "columns=", "`columns`", "`families`"):
+        assert argument not in message
     assert not (tmp_path / "p.parquet").exists()
 
 

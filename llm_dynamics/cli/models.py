@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from llm_dynamics.cli.show import console, errors, moved_table, print_json
+from llm_dynamics.cli.show import console, errors, moved_table, print_json, printable, shortened
 
 Dtype = Annotated[str, typer.Option(help="Precision of the weights: float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1...; default: a GPU where there is one.")]
 TokenizerName = Annotated[str | None, typer.Option(help="Tokenizer (hub id or folder); default: the model's.")]
+CAPTION = "kernel > 0: they rise together; < 0: one pushes the other down (nats per unit of step size)"
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 
 
@@ -30,7 +31,8 @@ def score(
 ) -> None:
     """Score saved checkpoints on a probe set, as `watch` would have during training.
 
-    Writes a run log that `report`, `compare` and `load_run` read. Needs no training script.
+    Log-probs are in nats, summed over the tokens of a response. Writes a run log that `report`, `compare` and
+    `load_run` read: names that end in numbers (checkpoint-500) are its steps. Needs no training script.
 
     Example: `llm-dynamics score probes.parquet runs/dpo/checkpoint-* -o runs/dpo-scored`
     """
@@ -38,7 +40,7 @@ def score(
     from llm_dynamics.probes import ProbeSet
     from llm_dynamics.report import what_moved
 
-    with Progress(console=errors, transient=True) as bars:
+    with _bars() as bars:
         tasks = {name: bars.add_task(Path(name).name or name, total=None) for name in checkpoints}
         run = score_checkpoints(
             checkpoints,
@@ -75,14 +77,15 @@ def explain(
     """Tell how a gradient step on each training response would move each probe: the exact token kernel of two files.
 
     A plain gradient step of size eta that raises log pi(train) by its own gradient moves log pi(probe) by eta times the
-    kernel: positive pairs rise together, negative ones push each other down.
+    kernel, in nats: positive pairs rise together, negative ones push each other down. The time is one backward pass for
+    each response of both files (with `--tokens`, for each token). `-o` keeps all pairs; the strongest are printed.
 
     Example: `llm-dynamics explain runs/dpo/checkpoint-500 train.jsonl probes.jsonl -o kernel.parquet`
     """
     from llm_dynamics.posthoc import kernel_of_files
     from llm_dynamics.probes.rows import as_records, read_jsonl
 
-    with Progress(console=errors, transient=True) as bars:
+    with _bars() as bars:
         task = bars.add_task("backward passes", total=None)
         table, _ = kernel_of_files(
             model,
@@ -102,11 +105,13 @@ def explain(
         print_json(table)
         return
     strongest = table.reindex(table["kernel"].abs().sort_values(ascending=False, kind="stable").index).head(top)
-    shown = Table(title=f"The {len(strongest)} strongest of {len(table)} pairs")
+    kind = "token pairs" if tokens else "pairs of responses"
+    shown = Table(title=f"The {len(strongest)} strongest of {len(table)} {kind}", caption=CAPTION)
     for name in strongest.columns:
-        shown.add_column(name, justify="left" if name.endswith("token") else "right")
-    for row in strongest.itertuples(index=False):
-        shown.add_row(*map(_cell, row))
+        shown.add_column(name, justify="left" if name.endswith(("token", "text")) else "right", overflow="fold")
+    width = max(12, (console.width - 40) // 2)
+    for row in strongest.to_dict("records"):
+        shown.add_row(*(_cell(shortened(v, width) if str(name).endswith("text") else v) for name, v in row.items()))
     console.print(shown)
     if output is not None:
         console.print(Text.assemble("table: ", (str(output), "bold")), soft_wrap=True)
@@ -114,5 +119,11 @@ def explain(
 
 def _cell(value: object) -> Text:
     if isinstance(value, float):
-        return Text(f"{value:+.4g}")
-    return Text(repr(value) if isinstance(value, str) else str(value))
+        return Text(f"{value:+.4g}", "green" if value > 0 else "red")
+    return printable(repr(value) if isinstance(value, str) else str(value))
+
+
+def _bars() -> Progress:
+    """Return bars on stderr that count, and tell how long it will take."""
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=errors, transient=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +13,22 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_dynamics.cli.show import console, print_json, printable, warnings_as_lines
+
+_AS_FLAGS = (
+    (r"n_prompts is (-?\d+)", r"--prompts is \1"),
+    (r", or None for all", ", or leave it out for all"),
+    (r"`held_out=\.\.\.`", "`--held-out FILE`"),
+    (r"pass the trainer's tokenizer \(`tokenizer=\.\.\.`\)", "name the model's tokenizer with `--tokenizer`"),
+    (r"`columns=\{'(\w+)': \.\.\.\}`", r"`--column \1=NAME`"),
+    (r"map it to its column in `columns`", "name its column with `--column FAMILY=NAME`"),
+    (r"Add it to `columns`, or pass join='as_is'", "Name it: `--column chosen=NAME`"),
+    (r", or pass `rephraser=\.\.\.`", "; in Python, a model writes it: `rephraser=...`"),
+    (r"Name the right one in `columns`", "Name the right one with `--column FAMILY=NAME`"),
+    (r"Name the right one with `prompt=\.\.\.`", "Name the right one with `--column prompt=NAME`"),
+    (r"Leave it out of `families`", "Leave it out of the `--family` options"),
+    (r"`ProbeSet\.dropped` names each", "`llm-dynamics probes show` says why"),
+)
+"""What messages of `ProbeSet` call things, and what the command line calls them."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,8 +57,12 @@ def build_probes(
         str | None, typer.Option(help="Tokenizer (hub id or folder), needed for the family random_tokens.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")] = False,
 ) -> None:
     """Build a probe set from preference rows (prompt, chosen, rejected) and save it.
+
+    A prompt and its responses are texts, or chat messages. Rows of prompt and completion do, too: then nothing is
+    rejected. The file goes to `watch(trainer, probes)`, `--watch_probes` of the recipes, and `llm-dynamics score`.
 
     Example: `llm-dynamics probes build pairs.jsonl probes.parquet --prompts 50 --held-out test.jsonl`
     """
@@ -50,17 +72,21 @@ def build_probes(
     rows = _read_rows(source)
     columns = _parse_columns(column or [])
     seen = dict.fromkeys(name for row in rows for name in row)
-    _check_columns({"chosen": ["chosen"], "rejected": ["rejected"], **columns}, seen, source)
+    is_pair = not ("completion" in seen and seen.keys().isdisjoint({"chosen", "rejected"}))
+    pair = {"chosen": ["chosen"], "rejected": ["rejected"]} if is_pair else {"chosen": ["completion"]}
+    columns = pair | columns
+    _check_columns(columns, seen, source)
     prompt = columns.pop("prompt", ["prompt"])[0]
     if family is None:
         written = [name for name in FAMILIES if FAMILIES[name].needs == "writer" and name in seen]
         offline = ["other_train", "ungrammatical"]
         offline += ["other_test", "random"] if held_out else []
         offline += ["random_tokens"] if tokenizer else []
-        family = ["chosen", "rejected", *columns, *written, *offline]
+        family = [*columns, *written, *offline]
         family = list(dict.fromkeys(family))
-    with warnings_as_lines():
-        probes = ProbeSet.from_preference_dataset(
+    with warnings_as_lines(_as_flags), _naming_flags():
+        make = ProbeSet.from_preference_dataset if "rejected" in columns else ProbeSet.from_prompt_completion
+        probes = make(
             rows,
             families=family,
             columns={name: own[0] if len(own) == 1 else own for name, own in columns.items()},
@@ -71,6 +97,10 @@ def build_probes(
             prompt=prompt,
         )
     path = probes.save(output)
+    if as_json:
+        summary = probes.summary().reset_index(names="family").to_dict("records")
+        print_json({"path": str(path), "probes": len(probes), "prompts": len(probes.prompt_ids), "families": summary})
+        return
     _show_summary(probes)
     console.print(Text.assemble(f"{len(probes)} probes in ", (str(path), "bold")), soft_wrap=True)
 
@@ -103,6 +133,21 @@ def show_probes(
         for probe in members:
             table.add_row(probe.family, printable(probe.response))
         console.print(table)
+
+
+@contextmanager
+def _naming_flags() -> Iterator[None]:
+    """Let an expected error name flags rather than arguments of Python."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(_as_flags(str(error))) from error
+
+
+def _as_flags(message: str) -> str:
+    for said, flag in _AS_FLAGS:
+        message = re.sub(said, flag, message)
+    return message
 
 
 def _parse_columns(pairs: Sequence[str]) -> dict[str, list[str]]:

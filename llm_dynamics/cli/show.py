@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,12 @@ def printable(text: str) -> Text:
     return Text("".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text))
 
 
+def shortened(text: str, width: int) -> str:
+    """Return `text` on one line, at most `width` characters long: its end is cut, with "..." in its place."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: max(width - 3, 0)].rstrip()}..."
+
+
 def one_line(error: Exception) -> str:
     """Return an error as one line."""
     if isinstance(error, OSError) and error.filename is not None:
@@ -56,11 +62,11 @@ def one_line(error: Exception) -> str:
 
 
 @contextmanager
-def warnings_as_lines() -> Iterator[None]:
-    """Show warnings as one plain line each rather than with a source line."""
+def warnings_as_lines(reword: Callable[[str], str] = str) -> Iterator[None]:
+    """Show warnings as one plain line each, reworded, rather than with a source line."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        errors.print(Text.assemble(("warning: ", "yellow"), str(message)), soft_wrap=True)
+        errors.print(Text.assemble(("warning: ", "yellow"), reword(str(message))), soft_wrap=True)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)

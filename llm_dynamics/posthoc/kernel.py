@@ -42,16 +42,18 @@ def kernel_of_files(
         on_progress: As for `token_kernel`.
 
     Returns:
-        A long table, and the kernel. Columns: `probe` and `train`, the rows' numbers in their files; for tokens also
-        `m`, `probe_token`, `l`, `train_token`; `kernel`, T = <d log pi(probe)/dtheta, d log pi(train)/dtheta>, nats^2
-        per squared unit of parameter.
+        A long table, and the kernel. Columns: `probe` and `train`, the rows' numbers in their files; for responses
+        their texts, `probe_text` and `train_text`; for tokens `m`, `probe_token`, `l`, `train_token`; `kernel`,
+        T = <d log pi(probe)/dtheta, d log pi(train)/dtheta>, nats^2 per squared unit of parameter: a plain gradient
+        step of size eta on log pi(train) moves log pi(probe) by eta T nats.
 
     Raises:
         ValueError: For rows without a prompt or response, or a checkpoint that does not load.
         NotImplementedError: As for `token_kernel`.
     """
     processing_class = load_tokenizer(tokenizer or checkpoint)
-    sides = {name: _encode(given, processing_class, name) for name, given in (("train", train), ("probes", probes))}
+    texts = {name: _texts(given, name) for name, given in (("train", train), ("probes", probes))}
+    sides = {name: _encode(given, processing_class) for name, given in texts.items()}
     model = load_checkpoint(checkpoint, dtype=dtype, device=device)
     kernel = token_kernel(
         model,
@@ -70,21 +72,25 @@ def kernel_of_files(
             "kernel": kernel.values.flatten().double().numpy(),
         }
     )
-    if rows == "tokens":
-        texts = {
+    if rows == "responses":
+        said = {name: [probe.response for probe in given] for name, given in texts.items()}
+        long.insert(1, "probe_text", [said["probes"][i] for i in long["probe"]])
+        long.insert(3, "train_text", [said["train"][i] for i in long["train"]])
+    else:
+        decoded = {
             name: [processing_class.decode([token]) for _, encoded in side for token in encoded.response_ids]
             for name, side in sides.items()
         }
         n_train = len(kernel.train)
         long.insert(1, "m", [m for m in kernel.probes.start.tolist() for _ in range(n_train)])
-        long.insert(2, "probe_token", [text for text in texts["probes"] for _ in range(n_train)])
+        long.insert(2, "probe_token", [text for text in decoded["probes"] for _ in range(n_train)])
         long.insert(4, "l", kernel.train.start.tolist() * len(kernel.probes))
-        long.insert(5, "train_token", texts["train"] * len(kernel.probes))
+        long.insert(5, "train_token", decoded["train"] * len(kernel.probes))
     return long, kernel
 
 
-def _encode(rows: Sequence[Mapping[str, Any]], tokenizer: Any, what: str) -> list[tuple[int, Any]]:
-    """Tokenise rows; each with its number in the file, since some may leave nothing to score.
+def _texts(rows: Sequence[Mapping[str, Any]], what: str) -> list[Probe]:
+    """Return the prompt and response of every row.
 
     Raises:
         ValueError: For a row without a prompt or a response.
@@ -101,5 +107,9 @@ def _encode(rows: Sequence[Mapping[str, Any]], tokenizer: Any, what: str) -> lis
         text = response if isinstance(response, str) else response[-1]["content"]
         given = prompt if isinstance(prompt, str) else tuple(prompt)
         made.append(Probe(str(number), str(number), given, text, "chosen"))
-    encoded = encode_probes(made, tokenizer)
-    return [(int(probe.probe_id), probe) for probe in encoded]
+    return made
+
+
+def _encode(probes: Sequence[Probe], tokenizer: Any) -> list[tuple[int, Any]]:
+    """Tokenise responses; each with its number in the file, since some may leave nothing to score."""
+    return [(int(probe.probe_id), probe) for probe in encode_probes(probes, tokenizer)]

@@ -6,6 +6,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
+from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_dynamics import cli, load_run, watch
@@ -105,6 +106,9 @@ def test_the_table_of_two_files_is_the_token_kernel(model_folder, rows):
         one = table[(table["probe"] == 1) & (table["train"] == 2) & (table["m"] == 0)]
         assert one["train_token"].tolist() == [tokenizer.decode([token]) for token in encoded[2].response_ids]
         assert set(one["probe_token"]) == {tokenizer.decode([encoded[1].response_ids[0]])}
+    else:
+        assert table["probe_text"].tolist() == [ROWS[i]["response"] for i in table["probe"]]
+        assert table["train_text"].tolist() == [ROWS[i]["response"] for i in table["train"]]
 
 
 def test_score_on_the_command_line(watched, model_folder, tmp_path, monkeypatch, capsys):
@@ -125,6 +129,28 @@ def test_score_on_the_command_line(watched, model_folder, tmp_path, monkeypatch,
     assert "no tokenizer at 'nowhere'" in err
 
 
+def test_explain_by_tokens_on_the_command_line(model_folder, tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(ROWS[0] | {"response": " A\x1b[31m b"}) + "\n")
+    status, out, _ = run_cli(monkeypatch, capsys, "explain", model_folder, rows, rows, "--tokens", "--top", 3)
+    assert status == 0
+    assert "token pairs" in out
+    assert "\x1b" not in out
+
+
+def test_scoring_counts_on_stderr_what_is_done(watched, tmp_path, monkeypatch):
+    seen = []
+    update = Progress.update
+    monkeypatch.setattr(Progress, "update", lambda self, task, **kw: seen.append(kw) or update(self, task, **kw))
+    probes = make_probes(2).save(tmp_path / "probes.parquet")
+    monkeypatch.setattr(sys, "argv", ["llm-dynamics", "score", str(probes), str(watched / "checkpoint-1"), "-o", "out"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert seen[-1] == {"completed": 8, "total": 8}
+    assert [kw["completed"] for kw in seen] == sorted(kw["completed"] for kw in seen)
+
+
 def test_explain_on_the_command_line(model_folder, tmp_path, monkeypatch, capsys):
     train, probes = (tmp_path / f"{name}.jsonl" for name in ("train", "probes"))
     train.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -134,6 +160,10 @@ def test_explain_on_the_command_line(model_folder, tmp_path, monkeypatch, capsys
     assert status == 0
     assert "2 strongest of 6 pairs" in out
     kept = pd.read_parquet(table)
+    strongest = kept.loc[kept["kernel"].abs().idxmax()]
+    for name in ("probe_text", "train_text"):  # texts, shortened: a number tells nothing
+        assert strongest[name].strip()[:8] in out
+    assert "they rise together" in out
     status, out, _ = run_cli(monkeypatch, capsys, "explain", model_folder, train, probes, "--json")
     assert [row["kernel"] for row in json.loads(out)] == pytest.approx(kept["kernel"].tolist(), rel=1e-6)
     probes.write_text('{"prompt": "Hello"}\n')
