@@ -12,8 +12,8 @@ from llm_dynamics.report.token_blocks import LEVELS, RESOLUTIONS, TokenBlocks, t
 from llm_dynamics.report.token_table import MAX_CELLS, TokenTable, read_token_table
 from llm_dynamics.runlog import RunLogs
 
-MAX_CHARS = 7_000_000
-"""Characters of the section's data: with plotly.js (4.9 million) and the rest, a page stays below 15 MB."""
+MAX_CHARS = 6_500_000
+"""Characters of the section's data: with plotly.js (4.9 million) and the other sections, a page stays below 15 MB."""
 MAX_INDEX_CHARS = 2_000_000
 """Of these, what the probes' texts may take."""
 

@@ -70,7 +70,7 @@ def read_tokens(run: RunLog, probe_ids: Collection[str]) -> pd.DataFrame:
     """
     wanted = pa.array(list(probe_ids), type=pa.string())
     parts = [
-        table.filter(pc.is_in(table["probe_id"], value_set=wanted)).select(_COLUMNS) for table in run.parts("tokens")
+        table.filter(pc.is_in(table["probe_id"], value_set=wanted)) for table in run.parts("tokens", columns=_COLUMNS)
     ]
     frame = pa.concat_tables(parts).to_pandas() if parts else schema.TOKENS.empty_table().select(_COLUMNS).to_pandas()
     return frame.sort_values(["probe_id", "step", "position"], ignore_index=True)
@@ -90,7 +90,7 @@ def probes_with_tokens(run: RunLog) -> pd.DataFrame:
         Columns `probe_id`, `prompt_id`, `family` and `change` (nats, of the summed log-prob from first to last
         observation; NaN where not finite, and then last).
     """
-    newest = next(run.parts("tokens", reversed(run.observed_steps)), None)
+    newest = next(run.parts("tokens", reversed(run.observed_steps), ["probe_id"]), None)
     kept = set() if newest is None else set(newest["probe_id"].to_pylist())
     frame = run.delta_from_start()
     last = frame[(frame["step"] == frame["step"].max()) & frame["probe_id"].isin(kept)]

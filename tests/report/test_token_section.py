@@ -145,7 +145,7 @@ def test_a_run_without_observations_can_be_searched(tmp_path):
     assert rows_of(unpacked(section)[0])[0]["change"] is None
 
 
-def test_seven_million_characters_hold_500_probes_of_200_tokens_at_40_observations(tmp_path):
+def test_the_room_of_a_page_holds_500_probes_of_200_tokens_at_40_observations(tmp_path):
     run = write_run(
         tmp_path / "run", "DPOTrainer", DPO_DELTA, steps=tuple(range(40)), n_prompts=2, n_tokens=100, jitter=0.1
     )
