@@ -25,6 +25,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -34,6 +35,7 @@ from kernel_snapshot import Snapshot, compare
 from looks import BLACK, CYCLE, GREY, MARKERS, figure_arguments, heat_map, letter, new_figure, save
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from llm_dynamics.demo.preferences import load_preferences
@@ -116,10 +118,18 @@ def draw_lines(axes: Axes, frame: pd.DataFrame, quantities: dict[str, str], labe
     axes.legend()
 
 
+def tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the tiny model and its tokenizer."""
+    texts = [row[name][-1]["content"] for row in load_preferences("train") for name in ("prompt", *TRAINED)]
+    tokenizer = build_tiny_tokenizer(texts)
+    return build_tiny_model(len(tokenizer)), tokenizer
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, measure, draw the figure and write its numbers."""
     parser = figure_arguments(__doc__, "appendix_c")
     parser.add_argument("--redraw", action="store_true", help="only draw the figure again, from the numbers in its CSV")
+    parser.add_argument("--keep", type=Path, help="folder of what was measured already: a run cut short goes on there")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     logging.disable_progress_bar()
@@ -130,13 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         frame = pd.read_csv(options.out.with_suffix(".csv"))
         save(draw(frame, sizes.step_size), frame, options.out)
         return
-    if options.quick:
-        texts = [row[name][-1]["content"] for row in load_preferences("train") for name in ("prompt", *TRAINED)]
-        tokenizer = build_tiny_tokenizer(texts)
-        model = build_tiny_model(len(tokenizer), seed=options.seed)
-    else:
-        model, tokenizer = load_smollm2()
-    snapshots, families = train_and_measure(model, tokenizer, sizes, options.seed)
+    snapshots, families = train_and_measure(tiny if options.quick else load_smollm2, sizes, options.seed, options.keep)
     print(f"{time.process_time():.0f} CPU seconds in all")
     frame = numbers(snapshots, families)
     save(draw(frame, sizes.step_size), frame, options.out)

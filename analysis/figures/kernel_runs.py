@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from kernel_snapshot import Snapshot, measure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
@@ -73,6 +76,7 @@ class Watcher(TrainerCallback):
         stage: Name of the run.
         steps: After which steps.
         sizes: How.
+        keep: Folder of finished snapshots, which are read rather than measured again; None: keep none.
     """
 
     def __init__(
@@ -83,15 +87,10 @@ class Watcher(TrainerCallback):
         stage: str,
         steps: Sequence[int],
         sizes: Sizes,
+        keep: Path | None,
     ) -> None:
-        self.spare, self.trains, self.probes, self.stage, self.steps, self.sizes = (
-            spare,
-            trains,
-            probes,
-            stage,
-            steps,
-            sizes,
-        )
+        self.spare, self.trains, self.probes = spare, trains, probes
+        self.stage, self.steps, self.sizes, self.keep = stage, steps, sizes, keep
         self.snapshots: list[Snapshot] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -103,28 +102,27 @@ class Watcher(TrainerCallback):
         self._measure(state.global_step, kwargs["model"])
 
     def _measure(self, step: int, model: Any) -> None:
-        if step in self.steps:
-            begun = time.process_time()
-            sizes = self.sizes
-            self.snapshots.append(
-                measure(
-                    model,
-                    self.spare,
-                    self.trains,
-                    self.probes,
-                    stage=self.stage,
-                    step=step,
-                    step_size=sizes.step_size,
-                    draws=sizes.draws,
-                )
-            )
-            print(f"{self.stage} step {step}: measured in {time.process_time() - begun:.0f} CPU seconds", flush=True)
+        if step not in self.steps:
+            return
+        file = None if self.keep is None else self.keep / f"{self.stage}_{step}.pt"
+        if file is not None and file.exists():
+            self.snapshots.append(torch.load(file, weights_only=False))
+            return
+        begun = time.process_time()
+        how = {"step_size": self.sizes.step_size, "draws": self.sizes.draws}
+        snapshot = measure(model, self.spare, self.trains, self.probes, stage=self.stage, step=step, **how)
+        self.snapshots.append(snapshot)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(snapshot, file)
+        print(f"{self.stage} step {step}: measured in {time.process_time() - begun:.0f} CPU seconds", flush=True)
 
 
 def train_and_measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sizes: Sizes, seed: int
+    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]], sizes: Sizes, seed: int, keep: Path | None
 ) -> tuple[list[Snapshot], list[str]]:
     """Run SFT, then DPO; return what was measured, in order, and the families observed."""
+    model, tokenizer = load()
     rows = load_preferences("train")
     probes = build_demo_probes(tokenizer, DemoSettings(prompts=1, seed=seed))
     wanted = [probe for probe in probes if sizes.families is None or probe.family in sizes.families]
@@ -132,9 +130,8 @@ def train_and_measure(
     families = [probe.family for probe in wanted]
     trains = [shortened[families.index(family)] for family in TRAINED]
     spare = copy.deepcopy(model).requires_grad_(False)
-    snapshots: list[Snapshot] = []
     with tempfile.TemporaryDirectory() as folder:
-        watcher = Watcher(spare, trains, shortened, "sft", sizes.sft, sizes)
+        watcher = Watcher(spare, trains, shortened, "sft", sizes.sft, sizes, keep)
         sft = SFTTrainer(
             model,
             args=SFTConfig(**arguments(f"{folder}/sft", sizes.sft[-1], sizes.sft_rate, sizes.batch, seed)),
@@ -144,11 +141,13 @@ def train_and_measure(
         )
         sft.remove_callback(PrinterCallback)
         sft.train()
-        snapshots += watcher.snapshots
+        snapshots = watcher.snapshots
         # DPO reloads its reference from the model's path
         sft.model.save_pretrained(f"{folder}/model")
         tokenizer.save_pretrained(f"{folder}/model")
-        watcher = Watcher(spare, trains, shortened, "dpo", sizes.dpo, sizes)
+        del model, sft, watcher  # with the optimizer's state, four times the model
+        gc.collect()
+        watcher = Watcher(spare, trains, shortened, "dpo", sizes.dpo, sizes, keep)
         dpo = DPOTrainer(
             f"{folder}/model",
             args=DPOConfig(beta=0.1, **arguments(f"{folder}/dpo", sizes.dpo[-1], sizes.dpo_rate, sizes.batch, seed)),

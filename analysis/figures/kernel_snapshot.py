@@ -103,7 +103,7 @@ def measure(
     logps, labels = ResponseLogps(model, probes), torch.tensor([y for probe in probes for y in probe.response_ids])
     everywhere = torch.arange(logps.n_tokens)
     before = logps.distributions(weights, everywhere)
-    exact = token_kernel(model, trains, probes, parameters=list(weights), memory_budget_mb=3072)
+    exact = token_kernel(model, trains, probes, parameters=list(weights), memory_budget_mb=2048)
     norms = response_block_norms(model, probes, trains, draws=draws, weights=weights)
     visible, visible_error = visible_norms(model, probes, trains, draws=draws, weights=weights)
     columns: dict[str, list[Tensor]] = {
