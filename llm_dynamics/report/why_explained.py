@@ -74,7 +74,7 @@ def explained_in_words(accounts: pd.DataFrame) -> str:
         parts.append(f"No step is below {LINE}; the lowest is {_digits(float(told['explained'].min()))}.")
     if hardly.any():
         n = int(hardly.sum())
-        moved = f"{n} step{'s' if n > 1 else ''} moved the probes by {HARDLY:g} nats or less"
+        moved = f"{n} step{'s' if n > 1 else ''} moved the probes by {HARDLY:.5f} nats or less"
         parts.append(f"{moved}, too little to tell: drawn hollow.")
     return " ".join(parts).replace("-", "−")
 
@@ -82,4 +82,4 @@ def explained_in_words(accounts: pd.DataFrame) -> str:
 def _digits(value: float) -> str:
     """Write a share with as many nines as it has, and one digit more."""
     missing = 1 - value
-    return f"{value:.{1 + max(1, math.ceil(-math.log10(missing)))}f}" if missing > 1e-8 else "1"
+    return f"{value:.{1 + math.ceil(-math.log10(missing))}f}".rstrip("0") if missing > 1e-8 else "1"

@@ -101,7 +101,7 @@ def test_families_come_first_and_probes_are_called_by_family_and_prompt(explaine
     assert data["targets"][-1]["label"] == "chosen: How long should I boil an egg?"
     prompts = {card["prompt"]: card["own"] for card in data["targets"][-1]["down"]}
     assert prompts["How long should I boil an egg?"] is True
-    assert prompts["What do plants need to grow?"] is False
+    assert prompts["Question 1: what do plants need to grow?"] is False
 
 
 def test_tokens_are_embedded_within_a_budget_but_one_target_always(explained):
