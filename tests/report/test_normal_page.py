@@ -8,7 +8,8 @@ import pytest
 from llm_dynamics.likelihood.verdicts import judge
 from llm_dynamics.report import write_report
 from llm_dynamics.report.normal import normal_view
-from llm_dynamics.runlog import load_runs
+from llm_dynamics.runlog import load_run, load_runs
+from llm_dynamics.runlog.schema import part_name
 
 from .reinforced import write_rollouts
 from .synthetic import HOSTILE, write_run, write_values
@@ -78,8 +79,20 @@ def test_left_out_probes_are_told(page):
 
 
 def test_citations_are_resolved(page):
-    for source in ("arXiv 2407.10490", "arXiv 2505.18830"):
+    for source in ("arXiv 2407.10490", "arXiv 2505.18830", "arXiv 2410.08847"):
         assert source in section(page)
+
+
+def test_a_verdict_that_hangs_on_a_few_prompts_says_so_on_the_page(tmp_path):
+    values = {f"chosen-{i}": [-20.0, -21.0 if i < 7 else -19.0] for i in range(12)}
+    run = write_values(tmp_path / "run", values | {f"rejected-{i}": [-30.0, -38.0] for i in range(12)}, steps=(0, 1))
+    rows = run.sequences.assign(prompt_id=run.sequences["probe_id"].str.rsplit("-", n=1).str[1])
+    for step, part in rows.groupby("step"):
+        part.to_parquet(run.path / "sequences" / part_name(step), index=False)
+    (unsure,) = (own for own in judge(load_run(run.path)) if own.name == "likelihood displacement")
+    assert unsure.agreement < 0.95
+    text = shown(verdicts_on(write_report(run, tmp_path / "report.html").read_text("utf-8"), run.name))
+    assert f"unsure: {unsure.agreement:.0%} of resamples of its 12 prompts decide so" in text
 
 
 def test_a_minus_is_a_minus_and_a_name_keeps_its_hyphen(tmp_path):
