@@ -102,7 +102,7 @@
     const width = paper ? room : Math.max(room, 54 + 22 * labels.length);
     const every = Math.ceil((14 * labels.length) / (width - 54));
     const named = labels.map((_, m) => m).filter((m) => m % every === 0);
-    const height = Math.min(170 + Math.max(15, Math.min(26, 340 / steps.length)) * steps.length, room < 460 ? 490 : 650);
+    const height = Math.min(184 + Math.max(15, Math.min(26, 340 / steps.length)) * steps.length, room < 460 ? 504 : 664);
     const hover = tokens.logp.map((row, s) => row.map((value, m) => [
       names[m], value === null ? "not finite" : plain(value), ranked(tokens.rank[s][m]), escaped(label(tokens.greedy[s][m], 40)),
       signed(change[s][m]),
@@ -120,7 +120,7 @@
       hovertemplate: "<b>%{customdata[0]}</b>, step %{y}<br>change %{customdata[4]} nats<br>log-prob %{customdata[1]}, " +
         "rank %{customdata[2]}<br>greedy token: %{customdata[3]}<extra></extra>",
     }], {
-      width, height, dragmode: false, margin: { l: 22 + 8 * Math.max(3, String(steps.at(-1)).length), r: 8, t: 66, b: 102 }, shapes: frame(),
+      width, height, dragmode: false, margin: { l: 22 + 8 * Math.max(3, String(steps.at(-1)).length), r: 8, t: 66, b: 116 }, shapes: frame(),
       xaxis: { tickvals: named, ticktext: named.map((m) => labels[m]), tickangle: -60, ticklabeloverflow: "allow", showline: false,
         ticks: "", tickfont: { family: css("--mono"), size: 11, color: css("--ink") } },
       yaxis: { type: "category", autorange: "reversed", showgrid: false, nticks: 24, title: { text: "step", standoff: 4 } },
