@@ -66,6 +66,11 @@ def test_a_page_without_accounts_says_how_to_get_them_and_carries_nothing_else_o
         assert left_over not in text.replace(outline.scripts[1], "")
 
 
+def test_a_run_that_was_not_explained_is_named_with_the_way_to_change_that(path):
+    text = re.sub(r"\s+", " ", unescape(path.read_text("utf-8")))
+    assert "Not explained: sft. <code>watch(trainer, probes, influence=True)</code>" in text
+
+
 def test_every_bar_has_its_label_and_number_in_the_table(path):
     text = unescape(path.read_text("utf-8"))
     table = text.split("Causes of the change of chosen in dpo, nats")[1].split("</table>")[0]
@@ -170,6 +175,56 @@ def test_every_control_can_be_reached_by_tab(browser, path):
         browser.press("Tab", 9)
         reached.add(browser.js("(({ dataset, tagName }) => dataset.pick || tagName)(document.activeElement)"))
     assert reached >= {"family", "target", "SUMMARY"}
+
+
+def test_the_explained_share_is_drawn_by_step_against_its_line(browser, path):
+    browser.open(path)
+    curve = "document.querySelector('.why-explained')"
+    assert browser.js(f"{curve}.data[0].x.length") == 24
+    assert browser.js(f"{curve}.data[0].y[0]") == pytest.approx(1 - 0.99998, rel=1e-3)  # what is missing, upside down
+    assert browser.js(f"{curve}.data[1].y[0]") == pytest.approx(1 - 0.41, rel=1e-3)  # by the gradient alone
+    assert browser.js(f"{curve}.layout.shapes[0].y0") == pytest.approx(1 - 0.9)
+    low, high = browser.js(f"{curve}.layout.yaxis.range")
+    assert low > -1 > high  # the line is in sight
+    words = browser.js("document.querySelector('.why-explained-box figcaption').textContent")
+    assert "dashed line is 0.9. No step is below 0.9; the lowest is 0.99998." in words
+
+
+def test_causes_can_be_added_up_over_steps(browser, path):
+    browser.open(path)
+    steps = "document.querySelector('.why-family:not([hidden]) .why-steps').data"
+    single = browser.js(f"{steps}.map((trace) => trace.y)")
+    browser.js("document.querySelector('[data-pick=cumulative]').click()")
+    summed = browser.js(f"{steps}.map((trace) => trace.y)")
+    for alone, running in zip(single, summed, strict=True):
+        assert running == pytest.approx([sum(alone[: place + 1]) for place in range(len(alone))], abs=1e-9)
+
+
+def test_explained_runs_stand_side_by_side_with_one_family_and_one_scale(browser, explained, tmp_path):
+    other = write_run(tmp_path / "other", "DPOTrainer", {"chosen": -1.0, "rejected": -2.0}, steps=(0, 4), n_prompts=3)
+    other = write_accounts(other, steps=range(1, 5), scale=3.0)
+    page = write_report(load_runs({"one": explained.path, "other": other.path}), tmp_path / "report.html")
+    tops = "[...document.querySelectorAll('.why-run')].map((run) => run.getBoundingClientRect().top)"
+    browser.open(page, width=390)
+    assert len(set(browser.js(tops))) == 2
+    browser.open(page)
+    assert len(set(browser.js(tops))) == 1
+    choose(browser, "family", 1)
+    assert browser.js(SHOWN) == ["rejected", "rejected"]
+    steps = "[...document.querySelectorAll('.why-family:not([hidden]) .why-steps')]"
+    first, second = browser.js(f"{steps}.map((one) => one.layout.yaxis.range)")
+    assert first == second
+    widths = browser.js(
+        "[...document.querySelectorAll('.why-family:not([hidden]) .waterfall tbody tr')].map((row) =>"
+        "[row.querySelector('.fallbar').getBoundingClientRect().width, row.lastElementChild.textContent])"
+    )
+    sizes = [(width, abs(float(text.replace("−", "-")))) for width, text in widths]
+    ratios = [width / nats for width, nats in sizes if width > 20]
+    assert len(ratios) >= 6
+    assert max(ratios) == pytest.approx(min(ratios), rel=0.02)
+    browser.js("document.querySelectorAll('[data-pick=cumulative]')[1].click()")
+    assert browser.js("document.querySelectorAll('[data-pick=cumulative]:checked').length") == 2
+    assert browser.errors == []
 
 
 def test_bars_follow_the_theme_and_paper_is_light(browser, path):
