@@ -5,6 +5,7 @@
   const { report, all, css } = page;
   const { made, nats, precise, sentence, strongTokens } = page.sentences;
   const WIDTH = 20, HEIGHT = 22, HEAD = 112; // of a cell, and of the labels above; pixels, as in the style sheet
+  const PAPER = 660; // pixels between the margins of A4 and of a letter
   const LISTED = 8;
   const clamped = (value) => Math.max(-1, Math.min(1, value));
   const label = (token, longest = 13) => {
@@ -127,6 +128,8 @@
       const corner = made("div", "map-corner", made("span", "", "watched token"), made("span", "sum", "nats"));
       frame.replaceChildren(corner, head(map), rows, body);
       Object.assign(shown, { parts: { canvas, cell, line, rows }, column: null });
+      const width = rows.offsetWidth + map.columns.length * WIDTH + 62; // on paper nothing scrolls: the map shrinks
+      frame.style.setProperty("--on-paper", String(Math.min(1, PAPER / width)));
       tip.hidden = true;
       paint(canvas, map, cells);
       rows.querySelectorAll("[role=option]").forEach((option, r) => option.setAttribute("aria-selected", String(r === shown.row)));

@@ -5,7 +5,7 @@ from html import unescape
 
 import pytest
 
-from llm_dynamics.report import write_report
+from llm_dynamics.report import influence_map, influence_map_data, write_report
 from llm_dynamics.report.influence_map import influence_maps
 from llm_dynamics.runlog import load_runs
 from tests.callbacks.explained import explain, short_probes
@@ -267,6 +267,25 @@ def test_cells_that_are_not_finite_are_crossed_out_and_counted(browser, tmp_path
     assert text(browser, ".map-tip").startswith("not finite")
     assert text(browser, ".map-left-out").startswith("108 cells crossed out and left out of the sums")
     assert browser.errors == []
+
+
+def test_of_long_responses_the_page_says_what_is_left_out_and_on_paper_the_map_shrinks(browser, tmp_path, monkeypatch):
+    for module in (influence_map, influence_map_data):
+        monkeypatch.setattr(module, "MAX_SIDE", 40)
+    run = write_run(tmp_path / "run", "DPOTrainer", FAMILIES, steps=(0, 2), n_prompts=1)
+    answers = {"chosen": "yes", "rejected": " ".join(f"word{place}" for place in range(60))}
+    run = add_maps(write_accounts(run, steps=(1, 2), answers=answers))
+    browser.open(write_report(run, tmp_path / "r.html"), width=700)
+    assert "Of long responses the 40 strongest tokens are shown" in text(browser, "#why")
+    assert text(browser, ".map-left-out") == "40 of the 60 training tokens are shown."
+    choose(browser, 0)
+    row = sum(shares(run, 2, "chosen-0", 0).values())  # the others count
+    assert told(browser)["this training response"] == pytest.approx(row, abs=0.006)
+    assert text(browser, ".map-token .sentence").count("…") > 5
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    assert browser.js("document.querySelector('.map-cells').getBoundingClientRect().right") < 700
+    browser.call("Emulation.setEmulatedMedia", media="")
+    assert browser.js("document.querySelector('.map-cells').getBoundingClientRect().right") > 700
 
 
 def test_a_real_run_keeps_maps_that_the_page_shows(browser, tmp_path):
