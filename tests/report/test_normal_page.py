@@ -3,13 +3,15 @@
 import re
 from html import unescape
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from llm_dynamics.likelihood.verdicts import judge
 from llm_dynamics.report import write_report
 from llm_dynamics.report.normal import normal_view
 from llm_dynamics.runlog import load_run, load_runs
-from llm_dynamics.runlog.schema import part_name
+from llm_dynamics.runlog.schema import SEQUENCES, part_name
 
 from .reinforced import write_rollouts
 from .synthetic import HOSTILE, write_run, write_values
@@ -88,7 +90,8 @@ def test_a_verdict_that_hangs_on_a_few_prompts_says_so_on_the_page(tmp_path):
     run = write_values(tmp_path / "run", values | {f"rejected-{i}": [-30.0, -38.0] for i in range(12)}, steps=(0, 1))
     rows = run.sequences.assign(prompt_id=run.sequences["probe_id"].str.rsplit("-", n=1).str[1])
     for step, part in rows.groupby("step"):
-        part.to_parquet(run.path / "sequences" / part_name(step), index=False)
+        table = pa.Table.from_pandas(part, schema=SEQUENCES, preserve_index=False)
+        pq.write_table(table, run.path / "sequences" / part_name(step))
     (unsure,) = (own for own in judge(load_run(run.path)) if own.name == "likelihood displacement")
     assert unsure.agreement < 0.95
     text = shown(verdicts_on(write_report(run, tmp_path / "report.html").read_text("utf-8"), run.name))
