@@ -325,8 +325,8 @@ def recording(trainer: Any, rows: list[dict[str, Any]]) -> Callable[..., None]:
     """Return the trainer's `_shape`, which also notes the scores of wrong tokens."""
     original = trainer._shape
 
-    def shape(inputs: Any, batch: Any, states: Any) -> None:
-        original(inputs, batch, states)
+    def shape(batch: Any, states: Any) -> None:
+        original(batch, states)
         shaped = trainer.shaped
         for i, t in (~shaped.scores.isnan()).nonzero().tolist():
             rows.append(
