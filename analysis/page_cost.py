@@ -44,6 +44,9 @@ FAMILIES = (
 )  # fmt: skip
 DRIFT = (-0.6, -2.4, -0.9, -1.8, -1.0, -1.6, -1.2, -1.1, -1.9, -0.8)
 """Nats by which the logit of a token of each family drifts over the run, on average."""
+BROWSERS = ("starting", "rested", "used")
+REST = 5.0
+"""Seconds after which a browser has done what it does at its start."""
 JITTER = 0.15
 """Standard deviation of a logit around its drift, independent from one observation to the next."""
 
@@ -140,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--probes", type=int, default=500)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=3, help="openings of each page; medians are printed")
+    parser.add_argument("--rounds", type=int, default=5, help="openings of each page; medians are printed")
     parser.add_argument("--log", type=Path, help="where the log is kept; one that is there is used")
     parser.add_argument("--like", type=Path, nargs="*", default=(), help="real runs to compare the made-up tokens with")
     options = parser.parse_args(arguments)
@@ -162,13 +165,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"Page written in {cpu:.1f} s of CPU ({wall:.1f} s by the clock). Notes on the page:")
         for note in token_section(RunLogs({"this log": run})).view["notes"]:
             print(f"- {note}")
-        opened = open_in_turn(pages, options.rounds, Path(scratch) / "profile")
+        opened = open_in_turn(pages, options.rounds, Path(scratch) / "profiles")
         print(f"\nLoad average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores.\n")
-        print("| page of | MB | seconds to open, median | each |\n|---|---|---|---|")
-        for name, page in pages.items():
-            each = ", ".join(f"{value:.2f}" for value in opened[name])
-            median = f"{statistics.median(opened[name]):.2f}" if opened[name] else "no Chromium found"
-            print(f"| {name} | {page.stat().st_size / 1e6:.2f} | {median} | {each} |")
+        print("| page of | MB | browser | seconds to open, median | each |\n|---|---|---|---|---|")
+        for (name, state), seconds in opened.items():
+            each = ", ".join(f"{value:.2f}" for value in seconds)
+            median = f"{statistics.median(seconds):.2f}" if seconds else "no Chromium found"
+            print(f"| {name} | {pages[name].stat().st_size / 1e6:.2f} | {state} | {median} | {each} |")
     tables = {"this log": table} | {str(path): read_token_table(load_run(path)) for path in options.like}
     known = {name: predictability(table) for name, table in tables.items() if table is not None}
     print(f"\n| from one observation to the next | {' | '.join(known)} |\n|---|{'---|' * len(known)}")
@@ -176,18 +179,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"| {name} | {' | '.join(f'{own[name]:.3g}' for own in known.values())} |")
 
 
-def open_in_turn(pages: dict[str, Path], rounds: int, profile: Path) -> dict[str, list[float]]:
-    """Return the seconds of each opening; the pages take turns, so that the neighbours' load meets them alike."""
-    opened: dict[str, list[float]] = {name: [] for name in pages}
+def open_in_turn(pages: dict[str, Path], rounds: int, profiles: Path) -> dict[tuple[str, str], list[float]]:
+    """Return the seconds of each opening, by page and browser; pages take turns, so that load from outside meets all.
+
+    A browser is starting when the page is its first, at once and with an empty profile; rested, when it was started
+    some seconds ago and has shown no page before; used, when it has shown this page before, in the same tab.
+    """
+    opened: dict[tuple[str, str], list[float]] = {(name, state): [] for name in pages for state in BROWSERS}
     binary = find_chromium()
     if binary is None:
         return opened
-    browser = Chromium(binary, profile)
-    browser.open(next(iter(pages.values())))  # not counted: a browser that has just started is busy with itself
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, page in pages.items():
-            opened[name].append(opening_seconds(browser, page))
-    browser.close()
+            for state in BROWSERS:
+                if state != "used":
+                    browser = Chromium(binary, profiles / f"{name}-{state}-{number}")
+                if state == "rested":
+                    time.sleep(REST)
+                opened[name, state].append(opening_seconds(browser, page))
+                if state != "rested":
+                    browser.close()
     return opened
 
 

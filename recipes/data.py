@@ -73,7 +73,16 @@ def load_pairs(args: ScriptArguments, *, chat: bool, held_out: bool = False) -> 
     if len(pairs) < len(rows):
         logger.warning("%d of %d rows are not one prompt with two answers; left out", len(rows) - len(pairs), len(rows))
     if not pairs:
-        raise ValueError(f"{args.dataset_name}: no row is a preference pair; columns seen: {list(rows[0])}")
+        raise ValueError(
+            f"{args.dataset_name}: no row is a preference pair; columns seen: {list(rows[0])}. Rows need prompt, "
+            "chosen and rejected (texts, or chat messages), or chosen and rejected that begin with the prompt: rename "
+            "columns"
+        )
+    if chat and isinstance(pairs[0]["prompt"], str):
+        logger.warning(
+            "the model has a chat template, and the rows are plain text: they are trained on as they stand. For the "
+            'template, write the prompt as messages: [{"role": "user", "content": ...}]'
+        )
     return Dataset.from_list(pairs)
 
 
@@ -81,7 +90,8 @@ def load_rows(args: ScriptArguments, split: str) -> Dataset:
     """Load a split of what `dataset_name` names, as it is.
 
     Raises:
-        ValueError: For no name, streaming, or another split than train of a single file.
+        ValueError: For no name, streaming, a file of another kind, or another split than train of a single file.
+        FileNotFoundError: If the name is that of a file, and there is none.
     """
     name, config = args.dataset_name, args.dataset_config
     if name is None:
@@ -94,7 +104,11 @@ def load_rows(args: ScriptArguments, split: str) -> Dataset:
     if path.is_file():
         if not split.startswith("train"):
             raise ValueError(f"{name} is one file, which is the split train; for {split!r} give a folder with both")
+        if path.suffix not in FILE_TYPES:
+            raise ValueError(f"{name} ends in {path.suffix!r}; allowed: {', '.join(FILE_TYPES)}")
         return load_dataset(FILE_TYPES[path.suffix], data_files={"train": str(path)}, split=split)
+    if path.suffix in FILE_TYPES:
+        raise FileNotFoundError(f"there is no file {name} in {Path.cwd()}")
     if path.is_dir():
         return load_dataset(str(path), data_dir=config, split=split)
     return load_dataset(name, name=config, split=split)
@@ -105,6 +119,10 @@ def as_pair(row: Mapping[str, Any], *, chat: bool) -> dict[str, Any] | None:
     pair = {name: row.get(name) for name in PAIR}
     if not pair["chosen"] or not pair["rejected"]:
         return None
+    if pair["prompt"] and not isinstance(pair["prompt"], str):
+        for name in PAIR[1:]:  # answers to messages may be texts
+            if isinstance(pair[name], str):
+                pair[name] = [{"role": "assistant", "content": pair[name].strip()}]
     if isinstance(pair["chosen"], str) and pair["prompt"] is None and HUMAN in pair["chosen"]:
         pair = split_transcripts(pair["chosen"], pair["rejected"])
     elif pair["prompt"] is None or (isinstance(pair["prompt"], str) and not isinstance(pair["chosen"], str)):

@@ -11,7 +11,7 @@ from llm_dynamics.frames.runs import Chain
 
 On = Literal["step", "epoch", "progress"]
 DECIMALS = 6
-"""Epochs and shares are compared to this many decimals: they come from divisions."""
+"""Epochs are compared to this many decimals: trainers add up fractions."""
 
 
 def positions(name: str, chain: Chain, on: On) -> pd.Series:
@@ -39,7 +39,7 @@ def positions(name: str, chain: Chain, on: On) -> pd.Series:
     if on == "step":
         return pd.Series(total, index=total)
     if on == "progress":
-        return pd.Series(np.round(total / max(1, total[-1]), DECIMALS), index=total)
+        return pd.Series(total / max(1, total[-1]), index=total)
     epochs: dict[tuple[str, int], float] = {}
     done = 0.0
     for stage, run in chain.stages.items():

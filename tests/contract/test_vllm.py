@@ -112,18 +112,19 @@ def test_switched_off_it_is_trl_bit_for_bit(mode, correction, off, plain, engine
 def test_watched_it_ends_with_the_same_bytes_and_the_log_holds_what_the_engine_said(monkeypatch, tmp_path):
     ended = []
     for name in ("alone", "watched"):
-        engine = install(monkeypatch, Engine(sharpness=1.3))
-        trainer = make(tmp_path / name, vllm_mode="colocate", max_steps=2, nthr_beta=0.02)
-        if name == "watched":
-            probes = ProbeSet.from_preference_dataset(PREFERENCES, families=["chosen", "rejected"])
-            watch(trainer, probes, every=1, displacement=True)
-        said = []
-        complete = engine.complete
-        engine.complete = lambda *args, _said=said, _complete=complete, **kw: (
-            _said.append(_complete(*args, **kw)) or _said[-1]
-        )
-        run(trainer)
-        ended.append(trainer)
+        with monkeypatch.context() as patch:
+            engine = install(patch, Engine(sharpness=1.3))
+            trainer = make(tmp_path / name, vllm_mode="colocate", max_steps=2, nthr_beta=0.02)
+            if name == "watched":
+                probes = ProbeSet.from_preference_dataset(PREFERENCES, families=["chosen", "rejected"])
+                watch(trainer, probes, every=1, displacement=True)
+            said = []
+            complete = engine.complete
+            engine.complete = lambda *args, _said=said, _complete=complete, **kw: (
+                _said.append(_complete(*args, **kw)) or _said[-1]
+            )
+            run(trainer)
+            ended.append(trainer)
     alone, watched = ended
     assert same_weights(watched, alone)
     log = load_run(tmp_path / "watched")
@@ -181,10 +182,11 @@ def checking(trainer, engine):
 def test_weights_are_sent_as_often_as_trl_sends_them_and_are_the_policys(mode, lora, schedule, monkeypatch, tmp_path):
     seen = []
     for trainer_class in (GRPOTrainer, NTHRGRPOTrainer):
-        engine = install(monkeypatch, Engine())
-        trainer = make(tmp_path, trainer_class, vllm_mode=mode, lora=lora, **SCHEDULES[schedule])
-        seen.append(checking(trainer, engine))
-        run(trainer)
+        with monkeypatch.context() as patch:  # what TRL writes to the environment makes the next process one of many
+            engine = install(patch, Engine())
+            trainer = make(tmp_path, trainer_class, vllm_mode=mode, lora=lora, **SCHEDULES[schedule])
+            seen.append(checking(trainer, engine))
+            run(trainer)
     theirs, ours = seen
     assert ours == theirs
     assert theirs[0] == theirs[1], f"weights are sent at steps {theirs[0]}, used at {theirs[1]}: {WHERE}"

@@ -96,9 +96,16 @@ def test_progress_brings_runs_of_different_length_together(tmp_path):
     assert frame["logp_sum"].tolist() == [-1, -2, -3, -1, -3, -5]
 
 
-def test_thirds_of_progress_meet_in_spite_of_rounding(tmp_path):
+def test_thirds_of_progress_meet_exactly(tmp_path):
     runs = {str(n): value_log(tmp_path / str(n), {"p/chosen": {k * n: -k for k in range(4)}}) for n in (1, 7, 1000)}
     assert len(align(runs, on="progress")) == 3 * 4
+
+
+def test_epochs_that_were_added_up_meet_in_spite_of_rounding(tmp_path):
+    sums = {"a": 0.3, "b": 0.1 + 0.2}
+    assert sums["a"] != sums["b"]
+    runs = {name: value_log(tmp_path / name, {"p/chosen": {5: -1}}, epochs={5: at}) for name, at in sums.items()}
+    assert align(runs, on="epoch")["at"].tolist() == [0.3, 0.3]
 
 
 def test_epochs_are_those_of_the_trainer(tmp_path):

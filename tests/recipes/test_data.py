@@ -113,6 +113,12 @@ def test_a_text_prompt_with_one_message_each_becomes_chat():
     assert as_pair(row, chat=True)["prompt"] == [{"role": "user", "content": "How?"}]
 
 
+def test_text_answers_to_messages_become_messages():
+    row = {"prompt": TURNS[:1], "chosen": " Ten.", "rejected": "No."}
+    assert as_pair(row, chat=True) == {"prompt": TURNS[:1], "chosen": says("Ten."), "rejected": says("No.")}
+    assert as_pair(row, chat=False)["chosen"] == " Ten."
+
+
 def test_plain_pairs_stay_as_they_are():
     row = {"prompt": "Two and two is", "chosen": " four.", "rejected": " five."}
     assert as_pair(row, chat=True) == row
@@ -148,8 +154,22 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(ValueError, match="dataset_streaming"):
         load_rows(ScriptArguments(dataset_name="x/y", dataset_streaming=True), "train")
     path = write_jsonl(tmp_path / "texts.jsonl", [{"text": "no pair"}])
-    with pytest.raises(ValueError, match="no row is a preference pair"):
+    with pytest.raises(ValueError, match=r"no row is a preference pair; columns seen: \['text'\].*rename columns"):
         load_pairs(ScriptArguments(dataset_name=path), chat=True)
+    with pytest.raises(FileNotFoundError, match=r"no file missing\.jsonl"):
+        load_rows(ScriptArguments(dataset_name="missing.jsonl"), "train")
+    (tmp_path / "pairs.txt").write_text("a\n")
+    with pytest.raises(ValueError, match=r"ends in '.txt'; allowed: .jsonl"):
+        load_rows(ScriptArguments(dataset_name=str(tmp_path / "pairs.txt")), "train")
+
+
+def test_plain_text_for_a_model_with_a_chat_template_is_mentioned(tmp_path, caplog):
+    row = {"prompt": "Two and two is", "chosen": " four.", "rejected": " five."}
+    args = ScriptArguments(dataset_name=write_jsonl(tmp_path / "pairs.jsonl", [row]))
+    load_pairs(args, chat=False)
+    assert "chat template" not in caplog.text
+    load_pairs(args, chat=True)
+    assert "trained on as they stand" in caplog.text
 
 
 def test_extend_holds_both_responses_once_each():
