@@ -19,9 +19,10 @@ def set_model_arguments(model_args: ModelConfig, training_args: Any) -> None:
 
 
 def train_and_save(trainer: Trainer, script_args: ScriptArguments, training_args: Any) -> None:
-    """Train, from `resume_from_checkpoint` where it is given, and save the model to `output_dir`."""
+    """Train, from `resume_from_checkpoint` where it is given, and save the model and its card to `output_dir`."""
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
+    trainer.create_model_card()
     trainer.accelerator.print(f"The model is in {training_args.output_dir}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

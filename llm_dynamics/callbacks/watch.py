@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from llm_dynamics.callbacks.displacement import DisplacementCallback
 from llm_dynamics.callbacks.influence import InfluenceCallback
+from llm_dynamics.callbacks.model_card import describe_in_model_card
 from llm_dynamics.callbacks.probe import ProbeCallback
 from llm_dynamics.callbacks.tracker_tables import TrackerTables
 from llm_dynamics.probes import ProbeSet
@@ -26,6 +27,7 @@ def watch(
     influence: bool | Mapping[str, Any] = False,
     displacement: bool | Mapping[str, Any] = False,
     tracker_tables: bool = True,
+    model_card: bool = False,
     **options: Any,
 ) -> ProbeCallback:
     """Watch `probes` while `trainer` trains; nothing else about the run changes.
@@ -41,6 +43,7 @@ def watch(
             on: `lld/*`. True measures one step in `every`; a mapping gives arguments of `DisplacementCallback`.
         tracker_tables: Send each observation as tables, and the curves at the end, to the trackers of `report_to`
             (wandb, trackio, mlflow, TensorBoard); scalars go there in any case. Without such a tracker nothing is sent.
+        model_card: Let the model cards that the trainer writes end with what moved and where the run log lies.
         **options: Further arguments of `ProbeCallback`.
 
     Returns:
@@ -74,4 +77,6 @@ def watch(
     except Exception:
         trainer.remove_callback(callback)  # what is refused leaves the trainer as it was
         raise
+    if model_card:
+        describe_in_model_card(trainer)
     return callback

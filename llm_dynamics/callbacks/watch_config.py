@@ -37,6 +37,7 @@ class WatchConfig:
         watch_token_budget_mb: Megabytes that they may take.
         watch_max_overhead: Most seconds of watching per second of training; None: no limit.
         watch_tracker_tables: Send tables and curves to trackers that take them.
+        watch_model_card: Add what moved to the model cards that the trainer writes.
         watch_log_folder: Run-log folder; None: `<output_dir>/dynamics`.
         watch_seed: Seed of the probes and of the sample of token tables.
 
@@ -92,6 +93,12 @@ class WatchConfig:
     watch_tracker_tables: bool = field(
         default=True,
         metadata={"help": "Send tables and curves to trackers that take them (trackio, wandb, mlflow, tensorboard)."},
+    )
+    watch_model_card: bool = field(
+        default=True,
+        metadata={
+            "help": "Add what moved to the model card that the trainer writes at each checkpoint and at its end."
+        },
     )
     watch_log_folder: str | None = field(
         default=None,
@@ -166,6 +173,7 @@ class WatchConfig:
             token_budget_mb=self.watch_token_budget_mb,
             max_overhead=self.watch_max_overhead,
             tracker_tables=self.watch_tracker_tables,
+            model_card=self.watch_model_card,
             log_folder=self.watch_log_folder,
             seed=self.watch_seed,
         )

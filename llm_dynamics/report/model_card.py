@@ -12,6 +12,10 @@ from llm_dynamics.report.text import nats, precise_nats
 from llm_dynamics.runlog import RunLog
 
 HEADING = "## Learning dynamics"
+SOURCE = (
+    "What such curves mean: Ren and Sutherland, *Learning Dynamics of LLM Finetuning*, ICLR 2025, "
+    "[arXiv 2407.10490](https://arxiv.org/abs/2407.10490)."
+)
 
 
 def model_card_section(run: RunLog) -> str:
@@ -23,7 +27,7 @@ def model_card_section(run: RunLog) -> str:
     Returns:
         Markdown: a heading, where the log lies, a table of families (means over probes of the summed log-prob at the
         first and the last observation, and of its change, nats), and where it was measured the mean `lld/delta` (nats a
-        step). It names the log's folder, not where that lies on this machine.
+        step), and the paper to read. It names the log's folder, not where that lies on this machine.
 
     Raises:
         RunLogError: Where the log is unreadable.
@@ -32,7 +36,7 @@ def model_card_section(run: RunLog) -> str:
         >>> with open("runs/dpo/README.md", "a") as card:  # doctest: +SKIP
         ...     card.write(model_card_section(load_run("runs/dpo")))
     """
-    parts = [HEADING, *_families(run), *_displacement(run)]
+    parts = [HEADING, *_families(run), *_displacement(run), SOURCE]
     return "\n\n".join(parts) + "\n"
 
 

@@ -9,6 +9,7 @@ import sys
 import pandas as pd
 import pytest
 
+from llm_dynamics.report import model_card_section
 from llm_dynamics.runlog import load_run, load_runs
 from tests.recipes.conftest import RECIPES, ROOT
 
@@ -69,6 +70,20 @@ def test_the_chain_leaves_logs_of_the_same_probes_to_compare(workspace):
     change = runs.delta_from_start().query("step == 2")
     assert set(change["family"]) == {"chosen", "rejected", "other_train", "ungrammatical", "random_tokens"}
     assert change["delta_logp_sum"].abs().min() > 0
+
+
+@pytest.mark.parametrize(("name", "method"), [("sft", "SFT"), ("dpo", "DPO"), ("grpo", "GRPO"), ("nthr", "NTHR")])
+def test_the_model_card_names_the_method_and_what_moved(name, method, workspace):
+    card = (workspace / name / "README.md").read_text(encoding="utf-8")
+    assert f"trained with {method}" in card
+    assert card.count("\n## Learning dynamics\n") == 1
+    assert card.endswith(model_card_section(load_run(workspace / name)))
+
+
+def test_a_run_that_nobody_watched_has_the_card_of_trl(workspace):
+    card = (workspace / "kto" / "README.md").read_text(encoding="utf-8")
+    assert "trained with KTO" in card
+    assert "Learning dynamics" not in card
 
 
 def test_dpo_starts_where_sft_ended(workspace):

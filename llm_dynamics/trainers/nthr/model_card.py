@@ -1,20 +1,12 @@
-"""What the model card of a run says: the method's paper, and the learning dynamics that were logged."""
+"""What the model card of a run calls its method, and the paper that introduced it."""
 
 from __future__ import annotations
 
-import logging
 import textwrap
-from pathlib import Path
 
-from transformers import Trainer
 from trl import GRPOTrainer
 
 from llm_dynamics import _trl
-from llm_dynamics.callbacks.probe import watcher_of
-from llm_dynamics.report import model_card_section
-from llm_dynamics.runlog import RunLogError, load_run, schema
-
-logger = logging.getLogger(__name__)
 
 
 def _paper(title: str, number: str, authors: str, key: str) -> dict[str, str]:
@@ -58,23 +50,3 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "none": _trl.name_and_paper(GRPOTrainer),
 }
 """What a card calls each `nthr_method`, and the paper that introduced it; none for controls."""
-
-
-def append_dynamics(trainer: Trainer, card: Path) -> None:
-    """Append `model_card_section` to a model card, where the trainer is watched and its log can be read.
-
-    Args:
-        trainer: The trainer.
-        card: The card's file.
-    """
-    watcher = watcher_of(trainer)
-    if watcher is None or not (watcher.log_folder / schema.META_FILE).is_file():
-        return
-    folder = watcher.log_folder
-    try:
-        section = model_card_section(load_run(folder))
-    except RunLogError as error:
-        logger.warning("the model card says nothing of the learning dynamics: %s", error)
-        return
-    text = card.read_text(encoding="utf-8").rstrip("\n")
-    card.write_text(f"{text}\n\n{section}", encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from llm_dynamics import _trl
+from llm_dynamics.callbacks.model_card import append_dynamics
 from llm_dynamics.kernel.output_head import output_head
 from llm_dynamics.kernel.residuals import ResidualRule
 from llm_dynamics.likelihood.head import SplitModel, split_model, unwrap_model
@@ -19,7 +19,7 @@ from llm_dynamics.likelihood.sharded import gathered
 from llm_dynamics.rollouts import Groups, LossRow, loss_rows
 from llm_dynamics.trainers.nthr.config import SCORED_METHODS, NTHRConfig
 from llm_dynamics.trainers.nthr.llds import llds_penalty
-from llm_dynamics.trainers.nthr.model_card import METHODS, NTHR_PAPER, append_dynamics
+from llm_dynamics.trainers.nthr.model_card import METHODS, NTHR_PAPER
 from llm_dynamics.trainers.nthr.refusals import refuse_what_cannot_be_scored
 from llm_dynamics.trainers.nthr.scores import GroupScores, score_group, score_group_exactly
 from llm_dynamics.trainers.nthr.shaping import Scorer, ShapedBatch, shape_batch
@@ -109,8 +109,7 @@ class NTHRGRPOTrainer(GRPOTrainer):
         """As TRL's, naming the method in use, and where the run is watched, with a section on its learning dynamics."""
         self._name, self._paper = METHODS[self.config.nthr_method]
         super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            append_dynamics(self, Path(self.args.output_dir or ".") / "README.md")
+        append_dynamics(self)
 
     # ---- the overrides ------------------------------------------------------------------------------------------
 
