@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-CELLS = 4_000_000
-"""Prompts x resamples held at a time."""
+from llm_dynamics.likelihood.resampling import Resamples
 
 
 def prompt_interval(
@@ -14,8 +13,8 @@ def prompt_interval(
 ) -> tuple[float, float]:
     """Return a percentile bootstrap interval of the mean of `values`.
 
-    Prompts are drawn with replacement, each with all of its probes, since the probes of a prompt move together. The
-    interval says what another choice of prompts might give; it knows nothing of another seed of training.
+    Prompts are drawn with replacement, each with all of its probes (`Resamples`). The interval says what another choice
+    of prompts might give; it knows nothing of another seed of training.
 
     Args:
         values: One number per probe; what is not finite is left out.
@@ -35,20 +34,11 @@ def prompt_interval(
         raise ValueError(
             f"confidence is {confidence} and n_resamples {n_resamples}; allowed: 0 < confidence < 1, n_resamples >= 1"
         )
-    numbers = values.to_numpy(dtype=float)
-    finite = np.isfinite(numbers)
-    codes, names = pd.factorize(prompts[finite], sort=True)
-    if len(names) < 2:
+    finite = np.isfinite(values.to_numpy(dtype=float))
+    values, prompts = values[finite], prompts[finite]
+    resamples = Resamples(prompts, n_resamples=n_resamples, seed=seed)
+    if resamples.size < 2:
         return float("nan"), float("nan")
-    sums = np.bincount(codes, weights=numbers[finite])  # (Q,)
-    counts = np.bincount(codes)  # (Q,)
-    generator = np.random.default_rng(seed)
-    chances = np.full(len(names), 1 / len(names))
-    means: list[np.ndarray] = []
-    at_once = max(1, CELLS // len(names))
-    for start in range(0, n_resamples, at_once):
-        size = min(at_once, n_resamples - start)
-        drawn = generator.multinomial(len(names), chances, size=size)  # (R, Q)
-        means.append((drawn @ sums) / (drawn @ counts))
-    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
+    means = resamples.mean(values, prompts)[1:]
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

@@ -16,22 +16,25 @@ N_RESAMPLES = 200
 class Resamples:
     """The groups of a sample, and how often each is drawn in each of R resamples; resample 0 is the sample itself.
 
-    The draws are seeded: the same groups give the same resamples. Of fewer than two groups there are none: R = 0.
+    The draws are seeded: the same groups, in any order, give the same resamples. Of fewer than two groups there are
+    none: R = 0. Q (1 + R) numbers are held.
 
     Attributes:
         size: Number of groups, Q.
 
     Args:
         groups: The group of each row, such as its prompt; NaN is none.
+        n_resamples: R.
+        seed: Seed of the draws.
     """
 
-    def __init__(self, groups: pd.Series) -> None:
-        self._index = pd.Index(groups.dropna().unique())
+    def __init__(self, groups: pd.Series, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> None:
+        self._index = pd.Index(groups.dropna().unique()).sort_values()
         self.size = len(self._index)
         self._weights = np.ones((1, self.size))  # (1 + R, Q)
         if self.size > 1:
             chances = np.full(self.size, 1 / self.size)
-            drawn = np.random.default_rng(0).multinomial(self.size, chances, size=N_RESAMPLES)
+            drawn = np.random.default_rng(seed).multinomial(self.size, chances, size=n_resamples)
             self._weights = np.vstack([self._weights, drawn])
 
     def mean(self, values: pd.Series, groups: pd.Series) -> np.ndarray:

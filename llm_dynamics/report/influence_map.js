@@ -141,7 +141,7 @@
         if (!option || !move) return;
         event.preventDefault();
         const last = map.columns.length - 1;
-        const column = shown.column === null ? (move > 0 ? 0 : last) : Math.max(0, Math.min(last, shown.column + 2 * move));
+        const column = shown.column === null ? (move > 0 ? 0 : last) : Math.max(0, Math.min(last, shown.column + move));
         const left = column * WIDTH - frame.clientWidth + rows.offsetWidth + 2 * WIDTH;
         if (left > frame.scrollLeft || column * WIDTH < frame.scrollLeft) frame.scrollLeft = Math.max(0, left);
         const place = canvas.getBoundingClientRect(), row = Number(option.dataset.row);

@@ -37,7 +37,10 @@ def test_the_spread_is_that_of_a_mean_over_independent_groups():
 
 
 def test_the_same_groups_give_the_same_resamples():
-    np.testing.assert_array_equal(Resamples(GROUPS).mean(VALUES, GROUPS), Resamples(GROUPS).mean(VALUES, GROUPS))
+    means = Resamples(GROUPS).mean(VALUES, GROUPS)
+    np.testing.assert_array_equal(Resamples(GROUPS).mean(VALUES, GROUPS), means)
+    np.testing.assert_array_equal(Resamples(GROUPS[::-1]).mean(VALUES[::-1], GROUPS[::-1]), means)
+    assert not np.array_equal(Resamples(GROUPS, seed=1).mean(VALUES, GROUPS), means)
 
 
 @pytest.mark.parametrize(("groups", "mean"), [(pd.Series(["a", "a"]), 2.0), (pd.Series([], dtype=str), np.nan)])

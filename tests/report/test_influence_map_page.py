@@ -12,7 +12,6 @@ from tests.callbacks.explained import explain, short_probes
 from tests.training import save_tiny_model
 
 from .accounts import account, add_maps, bare_run
-from .chromium import NAMES, Chromium, find_chromium
 from .synthetic import DPO_DELTA, HOSTILE, write_accounts, write_run
 
 FAMILIES = {name: DPO_DELTA[name] for name in ("chosen", "rejected")}
@@ -30,16 +29,6 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def path(run, tmp_path_factory):
     return write_report(load_runs({"dpo": run.path}), tmp_path_factory.mktemp("page") / "r.html")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    binary = find_chromium()
-    if binary is None:
-        pytest.skip(f"no Chromium found; looked for {', '.join(NAMES)} on PATH")
-    chromium = Chromium(binary, tmp_path_factory.mktemp("profile"))
-    yield chromium
-    chromium.close()
 
 
 def text(browser, selector):

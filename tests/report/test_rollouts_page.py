@@ -13,7 +13,6 @@ from llm_dynamics.report.rollout_sentences import MAX_TOKENS, MAX_WRONG, ranked_
 from llm_dynamics.report.rollouts import question_deltas, reading, rollout_views
 from llm_dynamics.runlog import RunLogs, RunLogWriter, load_run, load_runs
 
-from .chromium import NAMES, Chromium, find_chromium
 from .reinforced import QUESTIONS, rows, write_rollouts
 from .synthetic import HOSTILE, write_values
 from .test_page import QUESTIONS as HEADINGS
@@ -52,16 +51,6 @@ def hostile_path(tmp_path_factory):
     write_rollouts(bare(folder), hostile=f"{HOSTILE}\u202e")
     runs = load_runs({"other": folder, NAME: folder})  # the last line lies on top
     return write_report(runs, folder / "r.html")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    binary = find_chromium()
-    if binary is None:
-        pytest.skip(f"no Chromium found; looked for {', '.join(NAMES)} on PATH")
-    chromium = Chromium(binary, tmp_path_factory.mktemp("profile"))
-    yield chromium
-    chromium.close()
 
 
 def section(text):

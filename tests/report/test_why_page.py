@@ -8,7 +8,6 @@ import pytest
 from llm_dynamics.report import write_report
 from llm_dynamics.runlog import load_run, load_runs, schema
 
-from .chromium import NAMES, Chromium, find_chromium
 from .synthetic import HOSTILE, write_accounts, write_run
 from .test_page import QUESTIONS, Outline, embedded
 
@@ -24,16 +23,6 @@ def path(explained, sft, tmp_path_factory):
 def hostile_path(hostile_account, tmp_path_factory):
     runs = load_runs({HOSTILE: hostile_account.path})
     return write_report(runs, tmp_path_factory.mktemp("hostile_why") / "r.html")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    binary = find_chromium()
-    if binary is None:
-        pytest.skip(f"no Chromium found; looked for {', '.join(NAMES)} on PATH")
-    chromium = Chromium(binary, tmp_path_factory.mktemp("profile"))
-    yield chromium
-    chromium.close()
 
 
 def choose(browser, which, place):
