@@ -6,8 +6,9 @@
 family; the table is printed as Markdown.
 
 Every number is a mean over the watched prompts of changes of summed log-probs (nats), with a 95% bootstrap interval
-over prompts (2,000 draws). A claim *holds* in a seed if the means say so; *reproduced* if it holds in every seed, *not*
-if in none, *depends* otherwise. Claims are those of Ren and Sutherland (arXiv 2407.10490), sections 3.2, 3.3 and 4.3.
+over prompts (2,000 draws). A claim *holds* in a seed if the means say so; it is *reproduced* if it holds in every seed,
+*not* if in none, *depends* otherwise; *unsure*, whatever the means say, where every seed's interval includes 0. Claims
+are those of Ren and Sutherland (arXiv 2407.10490), sections 3.2, 3.3 and 4.3.
 """
 
 from __future__ import annotations
@@ -247,9 +248,16 @@ def chains(folder: Path) -> dict[int, Chain]:
     return found
 
 
-def verdict(holds: Sequence[bool]) -> str:
-    """Return what all seeds together say."""
+def verdict(holds: Sequence[bool], clear: Sequence[bool]) -> str:
+    """Return what all seeds together say: whether the claim holds in each, and whether its direction is clear there."""
+    if not any(clear):
+        return "unsure"
     return "reproduced" if all(holds) else "depends" if any(holds) else "not"
+
+
+def is_clear(frame: pd.DataFrame) -> pd.Series:
+    """Tell of each row whether the interval of its number leaves no doubt of the direction: it does not include 0."""
+    return (frame["low"] > 0) | (frame["high"] < 0)
 
 
 def as_markdown(frame: pd.DataFrame) -> str:
@@ -261,7 +269,9 @@ def as_markdown(frame: pd.DataFrame) -> str:
     for (stage, claim), rows in frame.groupby(["stage", "claim"], sort=False):
         seen = "; ".join(f"{row.seed}: {row.seen}" for row in rows.itertuples())
         numbers = "; ".join(f"{row.value:+.1f} [{row.low:+.1f}, {row.high:+.1f}]" for row in rows.itertuples())
-        said = f"**{verdict(rows['holds'])}** ({rows['holds'].sum()} of {len(rows)})"
+        clear = is_clear(rows)
+        counts = f"holds in {rows['holds'].sum()} of {len(rows)}, clear in {clear.sum()}"
+        said = f"**{verdict(rows['holds'], clear)}** ({counts})"
         lines.append(f"| {stage} | {claim} | {seen} | {numbers} | {said} |")
     return "\n".join(lines)
 

@@ -84,8 +84,17 @@ def test_claims_are_decided_by_the_means_of_the_logs(study, scripts):
 
 def test_a_claim_is_reproduced_only_where_every_seed_says_so(scripts):
     verdict = scripts["claims"].verdict
-    assert [verdict(seeds) for seeds in ([True, True], [True, False], [False, False])] == [
-        "reproduced", "depends", "not",
+    seeds = ([True, True], [True, False], [False, False])
+    assert [verdict(holds, [True, False]) for holds in seeds] == ["reproduced", "depends", "not"]
+    assert {verdict(holds, [False, False]) for holds in seeds} == {"unsure"}
+
+
+def test_the_table_counts_the_seeds_whose_direction_is_clear(scripts):
+    rows = [("DPO", "it falls", seed, True, "-1", -1.0, low, high) for seed, low, high in ((0, -2, -0.5), (1, -2, 0.5))]
+    frame = pd.DataFrame(rows, columns=["stage", "claim", "seed", "holds", "seen", "value", "low", "high"])
+    assert "**reproduced** (holds in 2 of 2, clear in 1)" in scripts["claims"].as_markdown(frame)
+    assert scripts["claims"].is_clear(pd.DataFrame({"low": [0.5, -1, np.nan], "high": [1, 2, np.nan]})).tolist() == [
+        True, False, False,
     ]  # fmt: skip
 
 
