@@ -4,7 +4,8 @@
 
 Reads the explained runs of `train.py --part cells`. RMSprop has no momentum, so a step has two causes: its chosen
 tokens pull (`up`) and its rejected tokens push (`down`). Sums over the explained steps; means over the watched chosen
-responses, nats. `push share` is |down| / (|down| + |up|): above one half, chosen falls.
+responses, nats. `push share` is push / (pull + push), -down / (up - down): above one half, chosen falls; above one,
+the chosen tokens push down as well.
 
 Printed as Markdown; `<out>/attribution.csv` has a row per cell and seed, `<out>/attribution_probes.csv` one per probe.
 """
@@ -94,15 +95,15 @@ def of_cells(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def push_share(probes: pd.DataFrame) -> float:
-    """Return |down| / (|down| + |up|) of the means over probes."""
-    up, down = abs(probes["up"].mean()), abs(probes["down"].mean())
-    return float(down / (down + up)) if down + up else float("nan")
+    """Return -down / (up - down) of the means over probes; beyond [0, 1] where both have the same sign."""
+    up, down = probes["up"].mean(), probes["down"].mean()
+    return float(-down / (up - down)) if up != down else float("nan")
 
 
 def _interval(probes: pd.DataFrame) -> tuple[float, float]:
     draws = np.random.default_rng(0).integers(len(probes), size=(DRAWS, len(probes)))
-    up, down = (np.abs(probes[name].to_numpy()[draws].mean(axis=1)) for name in ("up", "down"))
-    low, high = np.quantile(down / (down + up), [0.025, 0.975])
+    up, down = (probes[name].to_numpy()[draws].mean(axis=1) for name in ("up", "down"))
+    low, high = np.quantile(-down / (up - down), [0.025, 0.975])
     return float(low), float(high)
 
 

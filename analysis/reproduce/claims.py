@@ -107,7 +107,7 @@ def _bell(chain: Chain, family: str) -> tuple[bool, float, float, int]:
 
 def _rejected_bell(chain: Chain) -> Finding:
     holds, rise, fall, peak = _bell(chain, "rejected")
-    seen = f"{rise:+.1f} up to observation {peak}, then {fall:+.1f}"
+    seen = f"{rise:+.1f} up to step {chain.runs['sft'].observed_steps[peak]}, then {fall:+.1f}"
     return Finding.of(holds, seen, chain.changes("sft", "rejected", start=peak))
 
 
@@ -167,7 +167,7 @@ def _smaller_drops(chain: Chain) -> Finding:
     families = chain.families("dpo")
     gains = {family: chain.changes("extend_dpo", family) - chain.changes("dpo", family) for family in families}
     smaller = sum(gain.mean() > 0 for gain in gains.values())
-    seen = f"{smaller} of {len(families)} drops smaller; " + ", ".join(
+    seen = f"{smaller} of {len(families)} families fall less or rise more; " + ", ".join(
         f"{family} {chain.changes('dpo', family).mean():+.1f} against {chain.changes('extend_dpo', family).mean():+.1f}"
         for family in ("chosen", "rejected")
     )

@@ -61,6 +61,26 @@ def shared_probes(runs: Mapping[str, RunLog], probes: Sharing = "same") -> pd.Da
     return tables[first].loc[kept, ["prompt_id", "family"]].rename_axis("probe_id").reset_index()
 
 
+def same_where_shared(earlier: tuple[str, RunLog], later: tuple[str, RunLog]) -> None:
+    """Refuse two stages of one training in which an id names two different responses.
+
+    Args:
+        earlier: Name and log of a stage.
+        later: Those of one after it; it may watch probes of its own, and lack others.
+
+    Raises:
+        ValueError: Naming what differs of which probes.
+    """
+    tables = [_identities(run) for _, run in (earlier, later)]
+    both = tables[0].index.intersection(tables[1].index, sort=False)
+    _, differences = _compare(tables[0].loc[both], tables[1].loc[both])
+    if differences:
+        raise ValueError(
+            f"{later[0]!r} cannot go on where {earlier[0]!r} ended: of the probes that both watch it has {differences}"
+            ". Give all stages one probe set and one truncation, or look at them as runs of their own"
+        )
+
+
 def common_ids(one: RunLog, other: RunLog) -> pd.Index:
     """Return the ids of the probes that are the same in two runs."""
     return _compare(_identities(one), _identities(other))[0]

@@ -78,19 +78,22 @@ def moved_row(family: str, probes: pd.DataFrame) -> tuple[str, int, float, float
 
 
 def margin_path(run: RunLog) -> tuple[float, float]:
-    """Return the margin chosen - rejected at the first and last observation, as `probe/margin` defines it.
+    """Return the margin chosen - rejected at the first and last observation.
 
     Returns:
-        Mean over prompts that have both, of the mean summed log-prob of chosen minus that of rejected, nats; pairs
-        that are not finite are left out.
+        Mean over prompts of the mean summed log-prob of chosen minus that of rejected, nats, as `probe/margin`; over
+        the prompts whose margin is finite at both ends, so that the two can be compared.
     """
     frame = read_sums(run, ["logp"])
-    values = []
-    for step in (frame["step"].min(), frame["step"].max()):
-        seen = frame[frame["step"] == step]
-        sides = [
-            seen[seen["family"] == family].groupby("prompt_id")["logp_sum"].mean() for family in ("chosen", "rejected")
-        ]
-        margins = sides[0] - sides[1]
-        values.append(float(margins[np.isfinite(margins)].mean()))
-    return values[0], values[1]
+    pairs = frame[frame["family"].isin(["chosen", "rejected"])]
+    values = pairs.assign(logp_sum=pairs["logp_sum"].where(np.isfinite(pairs["logp_sum"])))
+    values = values.drop_duplicates(["probe_id", "step"])
+    by_probe = values.set_index(["family", "prompt_id", "probe_id", "step"])["logp_sum"].unstack("step")
+    ends = by_probe.reindex(columns=[frame["step"].min(), frame["step"].max()]).dropna()
+    sides = ends.groupby(["family", "prompt_id"]).mean()
+    chosen, rejected = (sides[sides.index.get_level_values("family") == family] for family in ("chosen", "rejected"))
+    margins = (chosen.droplevel("family") - rejected.droplevel("family")).dropna().to_numpy()  # (Q, 2)
+    if not len(margins):
+        return float("nan"), float("nan")
+    before, after = margins.mean(axis=0)
+    return float(before), float(after)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pandas as pd
 
+from llm_dynamics.frames.matching import same_where_shared
 from llm_dynamics.frames.statistics import read_sums
 from llm_dynamics.runlog import RunLog, RunLogs
 
@@ -64,7 +65,7 @@ class Chain:
             `stage`, `KEYS` and the sums of `read_sums`.
 
         Raises:
-            ValueError: Where a stage of several was never observed.
+            ValueError: Where a stage of several was never observed, or an id names different responses in two stages.
         """
         if len(self.stages) == 1:
             ((stage, run),) = self.stages.items()
@@ -74,6 +75,7 @@ class Chain:
         empty = [name for name, run in self.stages.items() if not run.observed_steps]
         if empty:
             raise ValueError(f"stage {empty[0]!r} of the chain {self} has no observation; leave it out")
+        self.check_probes()
         self._check_joints()
         frames = []
         for name, steps in self.steps().items():
@@ -83,6 +85,15 @@ class Chain:
             frame.insert(0, "stage", name)
             frames.append(frame)
         return pd.concat(frames, ignore_index=True)
+
+    def check_probes(self) -> None:
+        """Refuse stages in which one id names different responses: nothing could be subtracted.
+
+        Raises:
+            ValueError: Naming the stages and what differs.
+        """
+        for one, other in combinations(self.stages.items(), 2):
+            same_where_shared(one, other)
 
     def _check_joints(self) -> None:
         """Warn where a stage does not start where the one before ended: then it is no chain."""

@@ -75,6 +75,7 @@ def token_curves(
 def _curves(
     chain: Chain, statistic: str, keys: list[str], *, delta: bool, interval: tuple[float, float]
 ) -> pd.DataFrame:
+    chain.check_probes()
     probes = pd.concat(run.columns("probes", ["probe_id", "prompt_id", "family"]) for run in chain.stages.values())
     probes = probes.drop_duplicates("probe_id", ignore_index=True)
     start: _Start | None = None

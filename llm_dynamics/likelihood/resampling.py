@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-N_RESAMPLES = 200
+N_RESAMPLES = 2000
 
 
 class Resamples:

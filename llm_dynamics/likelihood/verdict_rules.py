@@ -52,6 +52,10 @@ class RunTables(Protocol):
         """One row per explained step."""
 
     @property
+    def influence(self) -> pd.DataFrame:
+        """One row per explained step, family or probe, and cause."""
+
+    @property
     def displacements(self) -> pd.DataFrame:
         """One row per correct completion that a step was taken on."""
 
@@ -98,12 +102,13 @@ def find_displacement(run: RunTables, moved: pd.DataFrame) -> Outcome:
     margins = margins.dropna()
     if margins.empty:
         return "no prompt has both chosen and rejected"
-    fell = chosen["delta"] < 0
+    fell = chosen["delta"] < -THRESHOLDS["least_nats"]
     prompts = Resamples(chosen["prompt_id"])
     share = prompts.mean(fell, chosen["prompt_id"])
     change = prompts.mean(chosen["delta"], chosen["prompt_id"])
     margin = prompts.mean(margins, margins.index.to_series())
-    found = (share > THRESHOLDS["displaced_share"]) & (change < -THRESHOLDS["least_nats"]) & (margin > 0)
+    found = (share > THRESHOLDS["displaced_share"]) & (change < -THRESHOLDS["least_nats"])
+    found &= margin > THRESHOLDS["least_nats"]
     return Finding(
         found,
         f"chosen {change[0]:+.2f} nats on average, {fell.sum()} of its {_counted(len(chosen), 'probe')} below their "
@@ -127,11 +132,11 @@ def find_squeezing(run: RunTables | None, moved: pd.DataFrame) -> Outcome:
         return "needs finite greedy tokens and collision probabilities at two observations"
     prompts = Resamples(moved["prompt_id"])
     changes = {name: prompts.mean(rows["delta"], rows["prompt_id"]) for name, rows in families}
-    n_fell = np.sum([change < 0 for change in changes.values()], axis=0)  # (1 + R,)
+    n_fell = np.sum([change < -THRESHOLDS["least_nats"] for change in changes.values()], axis=0)  # (1 + R,)
     rise, before, after = (prompts.mean(peaked[name], peaked["prompt_id"]) for name in peaks)
     found = (rise > THRESHOLDS["least_nats"]) & (after > before)
     found &= n_fell / len(changes) >= THRESHOLDS["falling_share"]
-    stayed = [str(name) for name, change in changes.items() if not change[0] < 0]
+    stayed = [str(name) for name, change in changes.items() if not change[0] < -THRESHOLDS["least_nats"]]
     but = f" (not {', '.join(stayed)})" if 0 < len(stayed) <= 3 and n_fell[0] else ""
     return Finding(
         found,
@@ -151,6 +156,8 @@ def find_valley(run: RunTables, moved: pd.DataFrame) -> Outcome:
     seen = rejected[rate.notna()]
     if seen.empty:
         return "needs the family rejected, finite at the first observation"
+    if seen["step"].min() > 0:
+        return f"needs an observation before the first step; the first in this log is of step {seen['step'].min()}"
     prompts = Resamples(seen["prompt_id"])
     mean = prompts.mean(rate[seen.index], seen["prompt_id"])
     found = mean < math.log(THRESHOLDS["valley_p"])
@@ -217,9 +224,7 @@ def find_large_steps(run: RunTables, moved: pd.DataFrame) -> Outcome:
     """Find steps of which the account explains too little; those too small to be measured are left out."""
     if run.accounts.empty:
         return "needs watch(..., influence=True)"
-    tokens = run.sequences.drop_duplicates("probe_id")["n_tokens"].sum()
-    size = run.accounts["measured_norm"] / math.sqrt(max(1, tokens))  # root mean square, nats per probe token
-    tiny = size < THRESHOLDS["measurable_nats"]
+    tiny = too_small_to_measure(run)
     finite = run.accounts["explained"].notna()
     accounts = run.accounts[finite & ~tiny]
     left_out = [
@@ -237,6 +242,20 @@ def find_large_steps(run: RunTables, moved: pd.DataFrame) -> Outcome:
         f"{n_low} of {_counted(len(accounts), 'explained step')} below; lowest {worst['explained']:.4f} at step "
         f"{worst['step']} ({rate}rule {worst['rule'] or 'unknown'}){note}",
     )
+
+
+def too_small_to_measure(run: RunTables) -> pd.Series:
+    """Tell of each explained step whether it moved the explained probe tokens by less than float32 can measure.
+
+    Returns:
+        A row for each of `run.accounts`: whether the root mean square of their changes is below `measurable_nats`.
+    """
+    probes = run.sequences.drop_duplicates("probe_id")
+    told = run.influence
+    by_family = told.loc[told["probe_id"].isna(), "family"].unique()
+    explained = probes["probe_id"].isin(told["probe_id"].dropna().unique()) | probes["family"].isin(by_family)
+    n_tokens = probes.loc[explained if explained.any() else slice(None), "n_tokens"].sum()
+    return run.accounts["measured_norm"] / math.sqrt(max(1, n_tokens)) < THRESHOLDS["measurable_nats"]
 
 
 def find_log_problems(run: RunTables, moved: pd.DataFrame) -> Outcome:

@@ -43,8 +43,8 @@ class Verdict:
             is missing.
         threshold: What counts as found.
         remedy: What to do where it is found.
-        agreement: Share of 200 bootstrap resamples of the prompts (of the questions, in reinforcement) that decide the
-            same, in [0, 1]; below 0.95 the decision is unsure. None where nothing is drawn. It is the noise of the
+        agreement: Share of 2,000 bootstrap resamples of the prompts (of the questions, in reinforcement) that decide
+            the same, in [0, 1]; below 0.95 the decision is unsure. None where nothing is drawn. It is the noise of the
             probes, not that of the training run: another seed can decide otherwise.
     """
 

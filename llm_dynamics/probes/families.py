@@ -76,7 +76,7 @@ def check_families(names: Sequence[str]) -> tuple[str, ...]:
     """
     if isinstance(names, str):
         raise ValueError(f"families is the text {names!r}; give a sequence, such as ({names!r},).")
-    if "argmax" in names:
+    if any(str(name).startswith("argmax") for name in names):
         raise ValueError(
             "'argmax' is not a probe family: it is the greedy token at each prefix of a probe's own response, and is "
             "measured for every probe when it is scored. Leave it out of `families`."

@@ -29,7 +29,7 @@ def run_view(name: str, run: RunLog) -> dict[str, Any]:
     """Return what the template says about one run."""
     moved = what_moved(run)
     shown, rest = measured(run)
-    steps = run.observed_steps
+    steps = sorted(run.sequences["step"].unique())  # of what could be read
     squeezing = run.sequences[[f"{panel.column}_sum" for panel in figures.PANELS]]
     squeezed = figures.squeezing_families(run.sequences["family"])
     return {

@@ -42,9 +42,10 @@ def model_card_section(run: RunLog) -> str:
 
 def _families(run: RunLog) -> list[str]:
     where = f"The run log is `{run.path.name}/`; `llm_dynamics.load_run` reads it."
-    steps = run.observed_steps
-    if not steps:
-        return [f"Nothing was observed in this run. {where}"]
+    steps = sorted(run.sequences["step"].unique())  # of what could be read
+    if len(steps) < 2:
+        seen = f"Responses were observed once, at step {steps[0]}" if steps else "Nothing was observed in this run"
+        return [f"{seen}. {where}"]
     moved = what_moved(run)
     table = pd.DataFrame(
         {
@@ -77,11 +78,11 @@ def _displacement(run: RunLog) -> list[str]:
     if deltas.empty:
         return []
     by_step = deltas.groupby("step")["delta"].mean()
+    mean = precise_nats(deltas["delta"].mean())
     rose = int((deltas["delta"] > 0).sum())
     last = f"; the last, step {by_step.index[-1]}, by {precise_nats(by_step.iloc[-1])}" if len(by_step) > 1 else ""
     return [
         f"Lazy likelihood displacement, `lld/delta`: {len(by_step)} measured step{'s' if len(by_step) != 1 else ''} "
-        f"changed the log-prob of the correct responses that they were taken on by {precise_nats(by_step.mean())} nats "
-        f"on average (mean over questions with correct and wrong responses{last}). They became more likely in {rose} "
-        f"of {len(deltas)} questions."
+        f"changed the log-prob of the correct responses that they were taken on by {mean} nats on average (mean over "
+        f"{len(deltas)} questions with correct and wrong responses{last}). They became more likely in {rose} of them."
     ]

@@ -7,7 +7,9 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llm_dynamics.frames import family_curves, margin_path, what_moved
+import numpy as np
+
+from llm_dynamics.frames import margin_path, what_moved
 from llm_dynamics.report.families import ARGMAX
 from llm_dynamics.report.text import precise_nats
 from llm_dynamics.runlog import RunLog
@@ -108,6 +110,10 @@ def _displacement(moved: _Moved, margins: tuple[float, float]) -> Statement:
     evidence = f"chosen {_path(chosen)}; margin chosen − rejected {_nats(before, unit=False)} → {_nats(after)}"
     if chosen["delta"] >= 0:
         evidence += "; chosen did not fall"
+    left_out = [f"{row['n_nonfinite']} of {row['n_probes']} {family}" for family, row in moved.items()
+                if family in ("chosen", "rejected") and row["n_nonfinite"]]  # fmt: skip
+    if left_out:
+        evidence += f"; left out: {', '.join(left_out)} (not finite at both ends)"
     return Statement("likelihood displacement: chosen falls although its margin over rejected grows", holds, evidence)
 
 
@@ -122,15 +128,20 @@ def _moves(moved: _Moved, family: str, *, up: bool, claim: str) -> Statement | N
 def _bell(run: RunLog, moved: _Moved) -> Statement | None:
     if "rejected" not in moved:
         return None
-    curves = family_curves(run)
-    curve = curves[curves["family"] == "rejected"].set_index("step")["mean"].dropna()
-    steps, values = curve.index.tolist(), curve.tolist()
+    rows = run.sequences[run.sequences["family"] == "rejected"].drop_duplicates(["probe_id", "step"])
+    own = rows.pivot(index="probe_id", columns="step", values="logp_sum")
+    kept = own[np.isfinite(own).all(axis=1)]  # a mean over other probes at each step could rise by itself
+    if kept.empty:
+        return None
+    steps, values = kept.columns.tolist(), [float(value) for value in kept.to_numpy().mean(axis=0)]
     start, top, end = values[0], max(values), values[-1]
     holds = bool(start < top > end)
     peak = f"highest {_nats(top, sign=False)} at step {steps[values.index(top)]} ({_nats(top - start)})"
     evidence = f"start {_nats(start, sign=False)}, {peak}, end {_nats(end, sign=False)} ({_nats(end - top)} from there)"
-    if len(curve) < 3:
+    if len(values) < 3:
         evidence += "; two observations cannot show it"
+    if len(kept) < len(own):
+        evidence += f"; left out: {len(own) - len(kept)} of {len(own)} rejected (not finite at every observation)"
     return Statement("rejected first rises, then falls", holds, evidence)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_dynamics.likelihood.verdict_rules import too_small_to_measure
 from llm_dynamics.report.account_words import balance_in_words, in_words, notes, steps_in_words
 from llm_dynamics.report.causes import (
     Cause,
@@ -86,6 +87,7 @@ def why(
         the explained share by step; `targets`, the strongest training tokens and examples of each; `maps`.
     """
     names, accounts = cause_names(run), family_accounts(run) if accounts is None else accounts
+    hardly = too_small_to_measure(run)
     targets, maps = target_data(run, max_tokens), map_data(run, max_cells)
     view = {
         "name": name,
@@ -93,7 +95,7 @@ def why(
         "n_explained": len(run.explained_steps),
         "steps": steps_in_words(run),
         "balance": balance_in_words(run.accounts),
-        "explained": explained_in_words(run.accounts),
+        "explained": explained_in_words(run.accounts, hardly),
         "notes": notes(run.accounts),
         "families": [_waterfall(account, names, (scales or {}).get(family)) for family, account in accounts.items()],
         "table": _table(accounts, names),
@@ -104,7 +106,7 @@ def why(
         "maps": maps.view,
     }
     steps = {family: _by_step(account, names) for family, account in accounts.items()}
-    data = {"families": steps, "explained": explained_by_step(run.accounts), "targets": targets.shown}
+    data = {"families": steps, "explained": explained_by_step(run.accounts, hardly), "targets": targets.shown}
     return view, data | {"maps": maps.data}
 
 

@@ -8,34 +8,34 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from llm_dynamics.likelihood.verdict_rules import THRESHOLDS
 from llm_dynamics.report.text import rounded
 
 LINE = 0.9
 MAX_POINTS = 240
 """Points drawn; where more steps were explained, the lowest of consecutive ones is drawn."""
-HARDLY = 1e-5
-"""Nats: a change of all probe tokens together that float32 cannot measure well; its explained share is noise."""
 _NAMED = 6
 
 
-def explained_by_step(accounts: pd.DataFrame) -> dict[str, Any] | None:
+def explained_by_step(accounts: pd.DataFrame, hardly: pd.Series) -> dict[str, Any] | None:
     """Return the curve of the explained share, as plain JSON types.
 
     Args:
         accounts: Rows of `schema.ACCOUNTS`.
+        hardly: Of each row, whether the step moved too little to be measured (`too_small_to_measure`): its explained
+            share is noise.
 
     Returns:
         `steps`; `explained` at each, 1 - |remainder|^2 / |change|^2; `gradient`, the same for the best multiple of
-        -grad, or None; `moved`, |change| over all probe tokens, nats; `hardly`, whether that is at most `HARDLY`;
-        `size`, of how many steps each point is the lowest. None where no step has a finite share.
+        -grad, or None; `moved`, |change| over all explained probe tokens, nats; `hardly`, as given; `size`, of how many
+        steps each point is the lowest. None where no step has a finite share.
     """
-    known = accounts[np.isfinite(accounts["explained"])].sort_values("step")
+    known = accounts.assign(hardly=hardly)[np.isfinite(accounts["explained"])].sort_values("step")
     if known.empty:
         return None
     size = math.ceil(len(known) / MAX_POINTS)
-    moved = known["measured_norm"].fillna(math.inf)  # where it was not kept, the share counts
     # of steps that moved something the lowest; of a stretch in which nothing moved, the lowest of these
-    order = known.assign(hardly=moved <= HARDLY, bin=np.arange(len(known)) // size)
+    order = known.assign(bin=np.arange(len(known)) // size)
     lowest = order.sort_values(["bin", "hardly", "explained"], kind="stable").drop_duplicates("bin")
     gradient = lowest["explained_by_gradient"]
     return {
@@ -48,19 +48,20 @@ def explained_by_step(accounts: pd.DataFrame) -> dict[str, Any] | None:
     }
 
 
-def explained_in_words(accounts: pd.DataFrame) -> str:
+def explained_in_words(accounts: pd.DataFrame, hardly: pd.Series) -> str:
     """Say in a sentence or two in which steps the account is a rough guide only.
 
     Args:
         accounts: Rows of `schema.ACCOUNTS`.
+        hardly: As for `explained_by_step`.
 
     Returns:
         How many steps are below `LINE` and which; how many moved too little to tell; empty where no share is finite.
     """
-    known = accounts[np.isfinite(accounts["explained"])].sort_values("step")
+    known = accounts.assign(hardly=hardly)[np.isfinite(accounts["explained"])].sort_values("step")
     if known.empty:
         return ""
-    hardly = known["measured_norm"] <= HARDLY
+    hardly = known["hardly"]
     told, low = known[~hardly], known[~hardly & (known["explained"] < LINE)]
     parts = []
     if len(low):
@@ -74,7 +75,8 @@ def explained_in_words(accounts: pd.DataFrame) -> str:
         parts.append(f"No step is below {LINE}; the lowest is {_digits(float(told['explained'].min()))}.")
     if hardly.any():
         n = int(hardly.sum())
-        moved = f"{n} step{'s' if n > 1 else ''} moved the probes by {HARDLY:.5f} nats or less"
+        limit = THRESHOLDS["measurable_nats"]
+        moved = f"{n} step{'s' if n > 1 else ''} moved a probe token by less than {limit:.5f} nats (root mean square)"
         parts.append(f"{moved}, too little to tell: drawn hollow.")
     return " ".join(parts).replace("-", "−")
 

@@ -14,8 +14,8 @@ def family_influence(influence: pd.DataFrame) -> pd.DataFrame:
     """Average the influence table over the probes of each family.
 
     Where a step has a row of its own for a family (`probe_id` null), that row is taken; else the mean over the family's
-    probes. A probe with a `share` or a `measured` that is not finite is left out of that step with all its causes, so
-    that the shares still add up to `measured`, and counted.
+    probes. A probe with a `share` or a `measured` that is not finite at some step is left out of all steps with all its
+    causes, and counted: so the shares still add up to `measured`, and steps can be added up.
 
     Args:
         influence: Columns of `schema.INFLUENCE`.
@@ -37,7 +37,7 @@ def family_influence(influence: pd.DataFrame) -> pd.DataFrame:
 def _mean_over_probes(probes: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of `family_influence` for a frame with one row per probe and cause."""
     bad = ~(np.isfinite(probes["share"]) & np.isfinite(probes["measured"]))
-    left_out = bad.groupby([probes["step"], probes["family"], probes["probe_id"]]).transform("any")
+    left_out = bad.groupby([probes["family"], probes["probe_id"]]).transform("any")
     kept = probes[_VALUES].mask(left_out)
     grouped = kept.assign(
         step=probes["step"],

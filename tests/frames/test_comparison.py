@@ -1,14 +1,17 @@
 import math
+from functools import partial
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_dynamics.frames import compare, prompt_interval, what_moved
+from llm_dynamics.frames import compare, delta, family_curves, prompt_interval, token_curves, what_moved
 from llm_dynamics.frames.comparison import COMPARE_COLUMNS
-from llm_dynamics.runlog import RunLogs
+from llm_dynamics.runlog import RunLogs, load_run
 
 from .logs import assert_rows, probes_frame, random_log, same, value_log, write_log
 
@@ -134,6 +137,28 @@ def test_stages_of_other_probes_pair_with_nothing(tmp_path):
     sft = value_log(tmp_path / "sft", {"p/chosen": {0: -9, 5: -5}})
     dpo = value_log(tmp_path / "dpo", {"q/chosen": {3: -5, 5: -7}})
     assert (compare({"sft": sft, "chain": [sft, dpo]})["n_paired"] == 0).all()
+
+
+FRAMES = {
+    "compare": compare,
+    "family_curves": partial(family_curves, delta=True),
+    "delta": delta,
+    "token_curves": partial(token_curves, delta=True),
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_stages_in_which_an_id_names_another_response_are_refused(name, tmp_path):
+    sft = value_log(tmp_path / "sft", {"p/chosen": {0: -9, 5: -5}, "q/chosen": {0: -9, 5: -5}})
+    dpo = value_log(tmp_path / "dpo", {"p/chosen": {0: -5, 5: -7}, "q/chosen": {0: -5, 5: -7}})
+    probes = pd.read_parquet(dpo.path / "probes.parquet")
+    probes.loc[probes["probe_id"] == "p/chosen", "response"] = "another"
+    pq.write_table(
+        pa.Table.from_pandas(probes, pq.read_schema(dpo.path / "probes.parquet")), dpo.path / "probes.parquet"
+    )
+    said = r"'dpo' cannot go on where 'sft' ended.*other response of 1 \('p/chosen'\)"
+    with pytest.raises(ValueError, match=said):
+        FRAMES[name]({"chain": [sft, load_run(tmp_path / "dpo")]})
 
 
 def test_a_single_observation_and_a_single_prompt_have_a_row_and_no_interval(tmp_path):

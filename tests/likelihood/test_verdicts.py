@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llm_dynamics.likelihood.verdicts import THRESHOLDS, is_squeezing, judge
 from llm_dynamics.runlog import schema
-from llm_dynamics.runlog.influence_schema import ACCOUNTS
+from llm_dynamics.runlog.influence_schema import ACCOUNTS, INFLUENCE
 from llm_dynamics.runlog.rollout_schema import DISPLACEMENTS
 from tests.report.reinforced import write_rollouts
 from tests.report.synthetic import DPO_DELTA, SFT_DELTA, write_accounts, write_run, write_values
@@ -36,6 +36,7 @@ class Tables:
     probes: pd.DataFrame = field(default_factory=lambda: empty(schema.PROBES))
     sequences: pd.DataFrame = field(default_factory=lambda: empty(schema.SEQUENCES))
     accounts: pd.DataFrame = field(default_factory=lambda: empty(ACCOUNTS))
+    influence: pd.DataFrame = field(default_factory=lambda: empty(INFLUENCE))
     displacements: pd.DataFrame = field(default_factory=lambda: empty(DISPLACEMENTS))
 
 
@@ -149,6 +150,18 @@ def test_squeezing_is_mass_that_goes_into_the_greedy_tokens_while_families_fall(
     assert verdict("squeezing", Tables(sequences=sequences)).status == ("found" if found else "clear")
 
 
+def test_changes_below_a_hundredth_of_a_nat_are_no_falls():
+    still = {f"family{k}-0": (-9.0, -9.0 - 0.0099) for k in range(5)}
+    assert verdict("squeezing", Tables(sequences=observed(still))).status == "clear"
+    fallen = dict.fromkeys(still, (-9.0, -9.0 - 0.0101))
+    assert verdict("squeezing", Tables(sequences=observed(fallen))).status == "found"
+    nine = {f"chosen-{k}": (-9.0, -9.0 - 0.0099) for k in range(9)} | {"chosen-9": (-9.0, -10.0)}
+    far = {f"rejected-{k}": (-9.0, -12.0) for k in range(10)}
+    displaced = verdict("likelihood displacement", Tables(sequences=observed(nine | far)))
+    assert displaced.status == "clear"
+    assert "1 of its 10 probes below" in displaced.evidence
+
+
 def test_squeezing_gives_its_numbers():
     assert is_squeezing(fallen(4, 1))[1] == (
         "4 of 5 families fell (not family4); along all probes the greedy tokens +2.00 nats, collision probability "
@@ -246,6 +259,14 @@ def test_a_log_without_squeezing_statistics_is_judged_by_how_likely_rejected_is(
     found = verdict("valley", run)
     assert found.status == "found"
     assert "tau0" not in found.evidence
+
+
+def test_valley_is_not_told_by_an_observation_after_the_first_step():
+    run = valley(0.05)
+    run.sequences = run.sequences.assign(step=run.sequences["step"] + 20)
+    late = verdict("valley", run)
+    assert late.status == "unknown"
+    assert "the first in this log is of step 20" in late.evidence
 
 
 @pytest.mark.parametrize(
@@ -428,6 +449,15 @@ def test_steps_too_small_for_float32_are_left_out():
         "0 of 1 explained step below; lowest 0.9900 at step 2 (learning rate 0.0002, rule midpoint); left out of 2 "
         "explained steps: 1 (too small to measure)",
     )
+
+
+@pytest.mark.parametrize(("family", "probe"), [("chosen", None), ("chosen", "chosen-0")])
+def test_the_size_of_a_step_is_that_of_the_tokens_that_were_explained(family, probe):
+    run = accounts(0.1, measured=2.01e-5)  # 4 of 8 tokens are explained
+    run.sequences = observed({"chosen-0": (-2.0, -1.0), "rejected-0": (-2.0, -1.0)})
+    assert verdict("first-order account", run).status == "unknown"  # nothing says which
+    run.influence = pd.DataFrame({"step": [1], "family": [family], "probe_id": [probe], "cause": ["up"]})
+    assert verdict("first-order account", run).status == "found"
 
 
 def test_an_account_of_which_little_is_known_is_judged():

@@ -1,5 +1,8 @@
+import math
+
 import pytest
 
+from llm_dynamics.frames import margin_path
 from llm_dynamics.report import reading
 
 from .synthetic import SFT_DELTA, write_run, write_values
@@ -47,6 +50,25 @@ def test_sft_run_shows_the_bell_of_rejected(sft):
     assert said["rejected first rises, then falls"].holds
     assert "highest" in said["rejected first rises, then falls"].evidence
     assert all(statement.holds for statement in said.values())
+
+
+def test_a_probe_that_is_missing_for_a_while_makes_no_bell(tmp_path):
+    values = {"chosen-1": [-9, -8, -7], "rejected-1": [-10, -10.1, -10.2], "rejected-2": [-90, math.nan, -90.2]}
+    statement = by_claim(write_values(tmp_path / "run", values, trainer="SFTTrainer"))[
+        "rejected first rises, then falls"
+    ]
+    assert not statement.holds
+    assert statement.evidence.startswith("start −10.0 nats")
+    assert statement.evidence.endswith("left out: 1 of 2 rejected (not finite at every observation)")
+
+
+def test_the_margin_grows_on_the_same_probes_at_both_ends(tmp_path):
+    values = {"chosen-1": [-10, -10, -12], "rejected-1": [-40, -40, -41], "rejected-2": [-10, -10, math.nan]}
+    run = write_values(tmp_path / "run", values)
+    assert margin_path(run) == (30.0, 29.0)
+    statement = by_claim(run)["likelihood displacement"]
+    assert not statement.holds
+    assert statement.evidence.endswith("left out: 1 of 2 rejected (not finite at both ends)")
 
 
 @pytest.mark.parametrize("rejected", [[-10, -9, -8], [-10, -11, -12], [-10, -12, -9]])

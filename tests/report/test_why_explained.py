@@ -22,45 +22,53 @@ def accounts(*rows):
     )
 
 
+def curve_of(frame):
+    return explained_by_step(frame, frame["measured_norm"] <= 1e-5)
+
+
+def words_of(frame):
+    return explained_in_words(frame, frame["measured_norm"] <= 1e-5)
+
+
 # ---- the explained share ---------------------------------------------------------------------------------------------
 
 
 def test_the_curve_has_every_step_with_a_finite_share_in_order():
     frame = accounts((0.99, 1.0), (math.nan, 1.0), (-0.5, 2.0), (1.0, 0.0)).iloc[::-1]
-    curve = explained_by_step(frame)
+    curve = curve_of(frame)
     assert curve["steps"] == [1, 3, 4]
     assert curve["explained"] == [0.99, -0.5, 1.0]
     assert (curve["moved"], curve["hardly"]) == ([1.0, 2.0, 0.0], [False, False, True])
     assert curve["gradient"] is None
-    with_gradient = explained_by_step(frame.assign(explained_by_gradient=[0.1, math.nan, 0.3, 0.4]))
+    with_gradient = curve_of(frame.assign(explained_by_gradient=[0.1, math.nan, 0.3, 0.4]))
     assert with_gradient["gradient"] == [0.4, None, 0.1]
-    assert explained_by_step(accounts((math.nan, 1.0))) is None
+    assert curve_of(accounts((math.nan, 1.0))) is None
 
 
 def test_of_many_steps_the_lowest_that_moved_something_is_drawn(monkeypatch):
     monkeypatch.setattr(why_explained, "MAX_POINTS", 2)
-    curve = explained_by_step(accounts((0.9, 1.0), (0.2, 1e-6), (0.8, 1.0), (0.3, 1e-6), (0.1, 1e-7)))
+    curve = curve_of(accounts((0.9, 1.0), (0.2, 1e-6), (0.8, 1.0), (0.3, 1e-6), (0.1, 1e-7)))
     assert curve["size"] == 3
     assert (curve["steps"], curve["explained"], curve["hardly"]) == ([3, 5], [0.8, 0.1], [False, True])
 
 
 def test_steps_below_the_line_are_named_and_those_that_hardly_moved_are_not_counted():
-    words = explained_in_words(accounts((0.95, 1.0), (0.5, 1.0), (-0.25, 1.0), (0.1, 1e-6)))
+    words = words_of(accounts((0.95, 1.0), (0.5, 1.0), (-0.25, 1.0), (0.1, 1e-6)))
     assert words.startswith(
         "Below 0.9 in 2 of 3 steps (2, 3), lowest −0.25 at step 3: read the shares of these as a rough"
     )
-    assert "1 step moved the probes by 0.00001 nats or less" in words
-    many = explained_in_words(accounts(*[(0.5, 1.0)] * 9))
+    assert "1 step moved a probe token by less than 0.00001 nats (root mean square)" in words
+    many = words_of(accounts(*[(0.5, 1.0)] * 9))
     assert "in 9 of 9 steps (1, 2, 3, 4, 5, 6, …)" in many
 
 
 @pytest.mark.parametrize(("lowest", "said"), [(0.93, "0.93"), (0.99986, "0.99986"), (1.0, "1")])
 def test_where_no_step_is_below_the_line_the_lowest_is_told_with_its_nines(lowest, said):
-    assert explained_in_words(accounts((1.0, 1.0), (lowest, 1.0))) == f"No step is below 0.9; the lowest is {said}."
+    assert words_of(accounts((1.0, 1.0), (lowest, 1.0))) == f"No step is below 0.9; the lowest is {said}."
 
 
 def test_without_a_finite_share_nothing_is_said():
-    assert explained_in_words(accounts((math.nan, 1.0))) == ""
+    assert words_of(accounts((math.nan, 1.0))) == ""
 
 
 # ---- several runs ----------------------------------------------------------------------------------------------------

@@ -274,6 +274,17 @@ def test_a_probe_that_is_not_finite_is_left_out_with_all_its_causes_and_counted(
     assert means.set_index("cause").loc["up", "own_share"] == 1.0
 
 
+def test_a_probe_that_is_not_finite_once_is_left_out_of_every_step_so_that_steps_add_up(tmp_path):
+    frame = influence_frame(ids=("p0/chosen", "p1/chosen"))
+    bad = frame.assign(share=frame["share"].mask((frame["probe_id"] == "p1/chosen") & (frame["cause"] == "up")))
+    writer = new_log(tmp_path)
+    writer.write_account(1, {"influence": frame.assign(measured=frame["measured"], share=frame["share"])}, {})
+    writer.write_account(2, {"influence": bad}, {})
+    means = load_run(tmp_path).family_influence()
+    assert means.groupby("step")["n_probes"].unique().map(list).to_dict() == {1: [1], 2: [1]}
+    assert means["n_nonfinite"].unique().tolist() == [1]
+
+
 def test_accounts_of_several_runs_are_stacked(log, tmp_path):
     other = new_log(tmp_path / "other")
     explain(other, 3)
