@@ -23,8 +23,8 @@ class ProbeAccount:
     Attributes:
         influence: Rows of `schema.INFLUENCE`, step excepted.
         tokens: Rows of `schema.INFLUENCE_TOKENS`, or None where not asked for.
-        measured_norm: |measured change| over all probe tokens, nats.
-        remainder_norm: |measured - accounted| over all probe tokens, nats.
+        measured_norm: |measured change| over all explained probe tokens, nats.
+        remainder_norm: |measured - accounted| over all explained probe tokens, nats.
     """
 
     influence: pd.DataFrame
@@ -34,7 +34,7 @@ class ProbeAccount:
 
     @property
     def explained(self) -> float:
-        """1 - |measured - accounted|^2 / |measured|^2 over all probe tokens."""
+        """1 - |measured - accounted|^2 / |measured|^2 over all explained probe tokens."""
         if self.measured_norm == 0:
             return float(self.remainder_norm == 0)
         return 1 - (self.remainder_norm / self.measured_norm) ** 2

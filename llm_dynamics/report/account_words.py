@@ -69,7 +69,7 @@ def balance_in_words(accounts: pd.DataFrame) -> str:
         return "How much the account explains is not known: its norms are not finite."
     text = (
         f"The account explains {_percent(pooled)} of the measured change "
-        "(1 − |remainder|² / |change|² over the tokens of all probes)"
+        "(1 − |remainder|² / |change|² over the tokens of the explained probes)"
     )
     by_gradient = accounts["explained_by_gradient"]
     alone = _pooled(accounts, (1 - by_gradient) * accounts["measured_norm"] ** 2)

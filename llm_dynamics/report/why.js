@@ -81,7 +81,7 @@
     const least = Math.min(0.02, ...traces.flatMap((trace) => trace.y).filter((value) => value !== null));
     const ticks = [1, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8];
     draw(element, traces, {
-      margin: { l: 78, r: 8, t: 8, b: 42 }, dragmode: touch.matches ? false : "zoom",
+      margin: { l: 92, r: 8, t: 8, b: 42 }, dragmode: touch.matches ? false : "zoom",
       shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 0.1, y1: 0.1, line: { color: css("--fell"), width: 1.4, dash: "dash" } }],
       xaxis: { title: { text: "optimizer step", standoff: 6 }, ...(curve.steps.length <= 10 ? { tickvals: curve.steps } : { nticks: 12 }) },
       yaxis: { type: "log", range: [Math.log10(most) + 0.25, Math.log10(least) - 0.4], tickvals: ticks,

@@ -101,10 +101,10 @@ ACCOUNTS = described(
     {
         "step": _STEP,
         "rule": (pa.string(), "quadrature rule along the update: start, midpoint or gauss2"),
-        "explained": (pa.float64(), "1 - |measured - accounted|^2 / |measured|^2 over all probe tokens"),
+        "explained": (pa.float64(), "1 - |measured - accounted|^2 / |measured|^2 over all explained probe tokens"),
         "explained_by_gradient": (pa.float64(), "the same for the best-scaled -grad, null where not measured"),
-        "measured_norm": (pa.float64(), "|measured| over all probe tokens, nats"),
-        "remainder_norm": (pa.float64(), "|measured - accounted| over all probe tokens, nats"),
+        "measured_norm": (pa.float64(), "|measured| over all explained probe tokens, nats"),
+        "remainder_norm": (pa.float64(), "|measured - accounted| over all explained probe tokens, nats"),
         "learning_rate": (pa.float64(), "learning rate of the step"),
         "clip_factor": (pa.float64(), "factor on the gradient by clipping, 1 where nothing was clipped"),
         "grad_norm": (pa.float64(), "norm of the gradient before clipping"),
