@@ -115,7 +115,7 @@ def draw_lines(axes: Axes, frame: pd.DataFrame, quantities: dict[str, str], labe
     axes.axvline(switch, color=GREY, lw=0.7, ls=":")
     axes.text(switch, 1.0, " DPO", transform=axes.get_xaxis_transform(), fontsize=6, va="top", color="#555555")
     axes.set(xlabel="steps of training", ylabel=label)
-    axes.legend()
+    axes.legend(frameon=True, framealpha=0.85, edgecolor="none")
 
 
 def tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
