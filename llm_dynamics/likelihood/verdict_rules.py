@@ -239,7 +239,8 @@ def find_large_steps(run: RunTables, moved: pd.DataFrame) -> Outcome:
     rate = "" if pd.isna(worst["learning_rate"]) else f"learning rate {worst['learning_rate']:.2g}, "
     return Finding(
         np.array([n_low > 0]),
-        f"{n_low} of {_counted(len(accounts), 'explained step')} below; lowest {worst['explained']:.4f} at step "
+        f"{n_low} of {_counted(len(accounts), 'explained step')} below {THRESHOLDS['explained']:g}; lowest "
+        f"{worst['explained']:.7g} at step "
         f"{worst['step']} ({rate}rule {worst['rule'] or 'unknown'}){note}",
     )
 
@@ -260,32 +261,54 @@ def too_small_to_measure(run: RunTables) -> pd.Series:
 
 def find_log_problems(run: RunTables, moved: pd.DataFrame) -> Outcome:
     """Find what makes the curves of this log untrustworthy."""
+    problems = [said for said, _ in _log_problems(run)]
+    observed = run.sequences["step"].nunique()
+    told = "; ".join(problems) or f"{_counted(len(run.probes), 'probe')}, {observed} observations, all finite"
+    return Finding(np.array([bool(problems)]), told)
+
+
+def mend_log(run: RunTables) -> str:
+    """Return what to do about the problems of a log, or about all that it could have where it has none."""
+    return " ".join(remedy for _, remedy in _log_problems(run)) or " ".join(_LOG_REMEDIES.values())
+
+
+_LOG_REMEDIES = {
+    "NaN": "NaN: look for what overflows (--learning_rate, float16).",
+    "truncated": "Truncated: raise --max_length.",
+    "few": "Few probes: watch more prompts (--watch_prompts 50).",
+    "one": "One observation: a smaller --watch_every.",
+}
+
+
+def _log_problems(run: RunTables) -> list[tuple[str, str]]:
+    """Return what is wrong with a log, each with its remedy."""
     sequences, probes = run.sequences, run.probes
-    problems = []
+    problems: list[tuple[str, str]] = []
     broken = sequences[(_numbers(sequences["n_nonfinite"]) > 0) | _numbers(sequences["logp_sum"]).isna()]
     if len(broken):
         where = ", ".join(f"{count} of {family}" for family, count in
                           broken.drop_duplicates("probe_id")["family"].value_counts(sort=False).items())  # fmt: skip
-        problems.append(
+        told = (
             f"{_counted(broken['probe_id'].nunique(), 'probe')} with NaN or infinite tokens, from step "
             f"{broken['step'].min()} on ({where})"
         )
+        problems.append((told, _LOG_REMEDIES["NaN"]))
     cut = int((_numbers(probes["n_cut"]) > 0).sum())
     if len(probes) and cut / len(probes) > THRESHOLDS["truncated_share"]:
-        problems.append(f"{cut} of {_counted(len(probes), 'probe')} truncated")
+        problems.append((f"{cut} of {_counted(len(probes), 'probe')} truncated", _LOG_REMEDIES["truncated"]))
     counts = probes["family"].value_counts(sort=False)
     few = counts[counts < THRESHOLDS["fewest_probes"]]
     if len(few):
         named = f" ({', '.join(map(str, few.index))})" if len(few) < len(counts) or len(few) <= 3 else ""
-        problems.append(
+        told = (
             f"fewer than {THRESHOLDS['fewest_probes']:g} probes in {len(few)} of "
             f"{_counted(len(counts), 'family', 'families')}{named}: {few.min()} in the smallest"
         )
+        problems.append((told, _LOG_REMEDIES["few"]))
     steps = sequences["step"].nunique()
     if steps < 2:
-        problems.append(f"{'one' if steps else 'no'} observation: nothing to compare")
-    told = "; ".join(problems) or f"{_counted(len(probes), 'probe')}, {steps} observations, all finite"
-    return Finding(np.array([bool(problems)]), told)
+        problems.append((f"{'one' if steps else 'no'} observation: nothing to compare", _LOG_REMEDIES["one"]))
+    return problems
 
 
 _PREFERENCE = ("DPO", "CPO", "KTO", "ORPO", "BCO", "XPO", "NashMD")

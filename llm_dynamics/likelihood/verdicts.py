@@ -26,6 +26,7 @@ from llm_dynamics.likelihood.verdict_rules import (
     find_squeezing,
     find_transfer,
     find_valley,
+    mend_log,
 )
 
 Status = Literal["found", "clear", "unknown"]
@@ -56,6 +57,11 @@ class Verdict:
     remedy: str
     agreement: float | None = None
 
+    @property
+    def unsure(self) -> bool:
+        """Whether too many resamples decide otherwise."""
+        return self.agreement is not None and self.agreement < THRESHOLDS["sure"]
+
 
 def judge(run: RunTables) -> list[Verdict]:
     """Apply every rule to a run.
@@ -67,18 +73,20 @@ def judge(run: RunTables) -> list[Verdict]:
         run: The tables, log-probs in nats.
 
     Returns:
-        One verdict per rule, what was found first.
+        One verdict per rule: what was found first, and of that what is sure.
     """
     moved = changes_of(run.sequences)
     verdicts = []
-    for name, question, rule, threshold, remedy in _RULES:
+    for name, question, rule, threshold, remedy_of in _RULES:
         outcome = rule(run, moved)
+        remedy = remedy_of if isinstance(remedy_of, str) else remedy_of(run)
         if isinstance(outcome, str):
             verdicts.append(Verdict(name, question, "unknown", outcome, threshold, remedy))
             continue
         status: Status = "found" if outcome.found[0] else "clear"
         verdicts.append(Verdict(name, question, status, outcome.evidence, threshold, remedy, outcome.agreement))
-    return sorted(verdicts, key=lambda verdict: ("found", "clear", "unknown").index(verdict.status))
+    order = ("found", "clear", "unknown")
+    return sorted(verdicts, key=lambda own: (order.index(own.status), own.status == "found" and own.unsure))
 
 
 def is_squeezing(sequences: pd.DataFrame) -> tuple[bool, str] | None:
@@ -103,16 +111,36 @@ _EXTEND = (
     "--model_name_or_path on its output"
 )
 
-_RULES: tuple[tuple[str, str, Callable[[RunTables, pd.DataFrame], Outcome], str, str], ...] = (
+
+def _against_displacement(run: RunTables) -> str:
+    """Return what to do about chosen that falls; who pushed it is known where steps were explained."""
+    who = "See in the account who pushed it" if len(run.accounts) else "See who pushed it: watch(..., influence=True)"
+    return (
+        f"{who}. Then add the SFT loss to DPO's (--loss_type sigmoid sft --loss_weights 1.0 1.0); or {_EXTEND}; or "
+        "drop the pairs that displace most (kernel.ches_scores, highest normalised first [CHES]); or stop earlier."
+    )
+
+
+def _against_transfer(run: RunTables) -> str:
+    """Return what to do about other answers that rise; held-out ones tell phrases from form."""
+    watched = (run.sequences["family"] == "other_test").any()
+    return (
+        "The model learns phrases rather than answers [LD 3.2]: fewer steps or epochs, a lower --learning_rate, more "
+        "and more varied rows."
+        + ("" if watched else " Watch other_test too (--watch_families, an eval set), to tell phrases from form.")
+    )
+
+
+_RULES: tuple[
+    tuple[str, str, Callable[[RunTables, pd.DataFrame], Outcome], str, str | Callable[[RunTables], str]], ...
+] = (
     (
         "likelihood displacement",
         "Did chosen fall although its margin grew?",
         find_displacement,
         f"more than {THRESHOLDS['displaced_share']:.0%} of the chosen probes below their start, their mean too (by "
         f"more than {THRESHOLDS['least_nats']:g} nats), and the margin over rejected above its start",
-        "See who pushed it: watch(..., influence=True). Then add the SFT loss to DPO's (--loss_type sigmoid sft "
-        f"--loss_weights 1.0 1.0); or {_EXTEND}; or drop the pairs that displace most (kernel.ches_scores, highest "
-        "normalised first [CHES]); or stop earlier.",
+        _against_displacement,
     ),
     (
         "squeezing",
@@ -140,8 +168,7 @@ _RULES: tuple[tuple[str, str, Callable[[RunTables, pd.DataFrame], Outcome], str,
         find_transfer,
         f"other_train rises by more than {THRESHOLDS['transfer_share']:.0%} of chosen's rise per token, not counting "
         "what held-out answers (other_test, where it is watched) gain as well",
-        "The model learns phrases rather than answers [LD 3.2]: fewer --num_train_epochs, a lower --learning_rate, "
-        "more and more varied rows. Watch other_test too (--watch_families, an eval set), to tell phrases from form.",
+        _against_transfer,
     ),
     (
         "lazy likelihood",
@@ -166,8 +193,7 @@ _RULES: tuple[tuple[str, str, Callable[[RunTables, pd.DataFrame], Outcome], str,
         find_log_problems,
         f"NaN, more than {THRESHOLDS['truncated_share']:.0%} truncated, fewer than {THRESHOLDS['fewest_probes']:g} "
         "probes in a family, or fewer than two observations",
-        "Few: watch more prompts (--watch_prompts 50). Truncated: raise --max_length. NaN: look for what overflows "
-        "(--learning_rate, float16). One observation: a smaller --watch_every.",
+        mend_log,
     ),
 )
 

@@ -61,6 +61,9 @@ def write_probes(
         partial.unlink(missing_ok=True)
 
 
+HOW_TO_BUILD = "A probe set is built from preference pairs by `llm-dynamics probes build pairs.jsonl probes.parquet`."
+
+
 def read_probes(path: Path) -> tuple[list[Probe], list[DroppedProbe], dict[str, Any]]:
     """Return what `write_probes` wrote.
 
@@ -69,11 +72,13 @@ def read_probes(path: Path) -> tuple[list[Probe], list[DroppedProbe], dict[str, 
         ValueError: If the file is truncated, is no probe set, or was written by a later version; it names the file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"No probe set at {path}.")
+        raise FileNotFoundError(f"No probe set at {path} (in {Path.cwd()}). {HOW_TO_BUILD}")
     try:
         table = pq.read_table(path, memory_map=False)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable Parquet file (truncated, or something else): {error}") from error
+        raise ValueError(
+            f"{path} is not a readable Parquet file (truncated, or something else): {error}. {HOW_TO_BUILD}"
+        ) from error
     raw = (table.schema.metadata or {}).get(FORMAT_KEY)
     if raw is None:
         raise ValueError(

@@ -19,6 +19,7 @@ _FIRST = (
     "world_size",
     "tokenizer",
     "trainer",
+    "max_steps",
     "arguments",
     "seed",
     "every",

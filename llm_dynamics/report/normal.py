@@ -22,10 +22,13 @@ def normal_view(name: str, run: RunLog) -> dict[str, Any]:
         run: The run log.
 
     Returns:
-        `name`, `trainer`; `found`, `clear` and `unknown`, each a list of `likelihood.verdicts.Verdict` as dicts whose
-        texts are safe to show; `n_rules`.
+        `name`, `trainer`; `found`, `clear` and `unknown`, each a list of `likelihood.verdicts.Verdict` as dicts, with
+        `unsure`, whose texts are safe to show; `n_rules`.
     """
-    verdicts = [asdict(verdict) | {"evidence": _MINUS.sub("−", visible(verdict.evidence))} for verdict in judge(run)]
+    verdicts = [
+        asdict(verdict) | {"evidence": _MINUS.sub("−", visible(verdict.evidence)), "unsure": verdict.unsure}
+        for verdict in judge(run)
+    ]
     by_status = {
         status: [verdict for verdict in verdicts if verdict["status"] == status]
         for status in ("found", "clear", "unknown")

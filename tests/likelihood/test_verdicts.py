@@ -424,14 +424,14 @@ def test_account_is_found_where_any_step_is_explained_badly(explained, status):
 
 def test_account_names_the_worst_step():
     assert verdict("first-order account", accounts(0.95, 0.5, 0.7)).evidence == (
-        "2 of 3 explained steps below; lowest 0.5000 at step 2 (learning rate 0.0002, rule midpoint)"
+        "2 of 3 explained steps below 0.9; lowest 0.5 at step 2 (learning rate 0.0002, rule midpoint)"
     )
 
 
 def test_accounts_without_a_number_do_not_decide():
     clear = verdict("first-order account", accounts(0.95, math.nan))
     assert clear.status == "clear"
-    assert "lowest 0.9500 at step 1" in clear.evidence
+    assert "lowest 0.95 at step 1" in clear.evidence
     assert clear.evidence.endswith("left out of 2 explained steps: 1 (not finite)")
     assert verdict("first-order account", accounts(math.nan)).status == "unknown"
     assert "influence=True" in verdict("first-order account", Tables()).evidence
@@ -446,7 +446,7 @@ def test_steps_too_small_for_float32_are_left_out():
     mixed = verdict("first-order account", accounts(0.1, 0.99, measured=[1e-6, 1.0]))
     assert (mixed.status, mixed.evidence) == (
         "clear",
-        "0 of 1 explained step below; lowest 0.9900 at step 2 (learning rate 0.0002, rule midpoint); left out of 2 "
+        "0 of 1 explained step below 0.9; lowest 0.99 at step 2 (learning rate 0.0002, rule midpoint); left out of 2 "
         "explained steps: 1 (too small to measure)",
     )
 
@@ -463,7 +463,32 @@ def test_the_size_of_a_step_is_that_of_the_tokens_that_were_explained(family, pr
 def test_an_account_of_which_little_is_known_is_judged():
     run = accounts(0.5)
     run.accounts = run.accounts.assign(learning_rate=math.nan, rule=None)
-    assert verdict("first-order account", run).evidence.endswith("lowest 0.5000 at step 1 (rule unknown)")
+    assert verdict("first-order account", run).evidence.endswith("lowest 0.5 at step 1 (rule unknown)")
+
+
+def test_what_was_found_for_sure_stands_first_and_remedies_know_the_run():
+    sure = observed(
+        {f"chosen-{k}": (-9.0, -10.0) for k in range(12)} | {f"rejected-{k}": (-9.0, -12.0) for k in range(12)}
+    )
+    found = judge(Tables(sequences=sure))
+    assert found[0].name == "likelihood displacement"
+    assert "watch(..., influence=True)" in found[0].remedy
+    explained = Tables(sequences=sure, accounts=accounts(0.99).accounts)
+    assert judge(explained)[0].remedy.startswith("See in the account who pushed it. Then")
+    sft = {"meta": {"trainer": "SFTTrainer"}}
+    rows = {f"{family}-{k}": (-9.0, -5.0 - 3.9 * (k % 2)) for family in ("chosen", "other_train") for k in range(4)}
+    assert "Watch other_test too" in verdict("hallucination transfer", Tables(sequences=observed(rows), **sft)).remedy
+    rows |= {"other_test-0": (-9.0, -9.0)}
+    assert "other_test" not in verdict("hallucination transfer", Tables(sequences=observed(rows), **sft)).remedy
+
+
+def test_an_unsure_finding_stands_behind_a_sure_one():
+    mixed = {f"chosen-{k}": (-9.0, -8.0 if k < 5 else -11.0) for k in range(12)}  # 7 of 12 fell
+    mixed |= {f"rejected-{k}": (-90.0, -120.0) for k in range(12)}
+    found = [own for own in judge(Tables(sequences=observed(mixed, tau0=1.0))) if own.status == "found"]
+    assert [own.unsure for own in found] == sorted(own.unsure for own in found)
+    assert {own.name: own.unsure for own in found}["likelihood displacement"]
+    assert not found[0].unsure
 
 
 # ---- probes and log -------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_a_learning_rate_far_too_large_breaks_the_account_and_a_usual_one_does_n
     for own, run in ((found, large_steps), (clear, dpo)):
         explained = pd.read_parquet(run.path / "accounts").set_index("step")["explained"]
         assert own.evidence.startswith(
-            f"{(explained < 0.9).sum()} of {len(explained)} explained steps below; lowest {explained.min():.4f} at "
+            f"{(explained < 0.9).sum()} of {len(explained)} explained steps below 0.9; lowest {explained.min():.7g} at "
             f"step {explained.idxmin()} (learning rate "
         )
 

@@ -5,6 +5,7 @@ import json
 import datasets
 import pytest
 import tasks
+from common import check_model_folder
 from data import as_pair, load_pairs, load_rows, read_transcript, split_transcripts, write_transcript
 from extend_sft import extend
 from tasks import TaskArguments, load_task
@@ -230,3 +231,18 @@ def test_math_verify_rewards_equal_answers(tmp_path):
     (reward,) = task.rewards
     given = [says("So \\boxed{0.5}"), says("So \\boxed{2}")]
     assert reward(given, solution=[row["solution"]] * 2) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["./here", "/nowhere/model", "models/misspelt", "runs/sft", "a/b/c", "there/model"])
+def test_a_model_folder_that_is_not_there_is_not_looked_for_at_the_hub(name, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        check_model_folder(name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "Qwen/Qwen2.5-0.5B", "saved", None])
+def test_hub_ids_and_folders_that_are_there_pass(name, tmp_path, monkeypatch):
+    (tmp_path / "saved").mkdir()
+    monkeypatch.chdir(tmp_path)
+    check_model_folder(name)

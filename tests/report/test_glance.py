@@ -53,7 +53,8 @@ def test_every_verdict_that_was_found_is_named_with_its_remedy_and_leads_to_its_
         found = [verdict for verdict in judge(run) if verdict.status == "found"]
         assert found
         for number, verdict in enumerate(found):
-            assert f"{verdict.name} {verdict.question} Try: {verdict.remedy}" in text
+            unsure = ", unsure" if verdict.unsure else ""
+            assert f"{verdict.name}{unsure} {verdict.question} Try: {verdict.remedy}" in text
             anchor = f"verdict-{place}-{number}"
             assert f'href="#{anchor}"' in section(page)
             assert f'<h4 id="{anchor}">{verdict.name}</h4>' in page
