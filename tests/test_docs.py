@@ -199,5 +199,7 @@ def test_commands_in_the_readme_exist():
         result = CliRunner().invoke(cli.app, [*command.split(), "--help"])
         assert result.exit_code == 0, command
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"\bmake ([a-z-]+)", " ".join([*blocks(README, ""), *re.findall(r"`([^`\n]+)`", README)])):
-        assert re.search(rf"^{target}:", makefile, flags=re.M), f"make {target}"
+    for target in re.findall(
+        r"\bmake ([\w./-]+)", " ".join([*blocks(README, ""), *re.findall(r"`([^`\n]+)`", README)])
+    ):
+        assert re.search(rf"^{re.escape(target)}:", makefile, flags=re.M), f"make {target}"

@@ -22,7 +22,7 @@ ALLOWED = {
     "runlog": set(),
     "rollouts": {"likelihood"},
     "influence": {"likelihood", "kernel"},
-    "frames": {"runlog"},
+    "frames": {"runlog", "likelihood"},
     "report": {"runlog", "frames", "likelihood"},
     "callbacks": {"_trl", "probes", "likelihood", "kernel", "influence", "rollouts", "runlog", "frames", "report"},
     "cli": {"probes", "likelihood", "kernel", "frames", "report", "runlog", "posthoc", "demo"},
@@ -112,11 +112,12 @@ def test_frames_and_report_load_no_model(part):
         assert not loaded & MODEL_LIBRARIES, name_of(file)
 
 
-def test_of_likelihood_the_report_imports_the_verdicts_alone():
-    for file in (ROOT / "report").rglob("*.py"):
+@pytest.mark.parametrize(("part", "module"), [("report", "verdicts"), ("frames", "resampling")])
+def test_of_likelihood_one_module_without_a_model_is_imported(part, module):
+    for file in (ROOT / part).rglob("*.py"):
         used = {name for name in imported(file) if name.startswith("llm_dynamics.likelihood")}
-        assert all(name.startswith("llm_dynamics.likelihood.verdicts") for name in used), name_of(file)
-    read, waiting = set(), {"verdicts"}  # with whatever they import of their folder in turn
+        assert all(name.startswith(f"llm_dynamics.likelihood.{module}") for name in used), name_of(file)
+    read, waiting = set(), {module}  # with whatever it imports of its folder in turn
     while waiting:
         file = ROOT / "likelihood" / f"{waiting.pop()}.py"
         read.add(file.stem)

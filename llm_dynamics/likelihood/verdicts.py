@@ -28,6 +28,7 @@ from llm_dynamics.likelihood.verdict_rules import (
     find_valley,
     mend_log,
 )
+from llm_dynamics.likelihood.verdict_rules import too_small_to_measure as too_small_to_measure
 
 Status = Literal["found", "clear", "unknown"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_dynamics.likelihood.verdict_rules import too_small_to_measure
+from llm_dynamics.likelihood.verdicts import too_small_to_measure
 from llm_dynamics.report.account_words import balance_in_words, in_words, notes, steps_in_words
 from llm_dynamics.report.causes import (
     Cause,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llm_dynamics.likelihood.verdict_rules import THRESHOLDS
+from llm_dynamics.likelihood.verdicts import THRESHOLDS
 from llm_dynamics.report.text import rounded
 
 LINE = 0.9

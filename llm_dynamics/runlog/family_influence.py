@@ -15,7 +15,8 @@ def family_influence(influence: pd.DataFrame) -> pd.DataFrame:
 
     Where a step has a row of its own for a family (`probe_id` null), that row is taken; else the mean over the family's
     probes. A probe with a `share` or a `measured` that is not finite at some step is left out of all steps with all its
-    causes, and counted: so the shares still add up to `measured`, and steps can be added up.
+    causes, and counted: so the shares still add up to `measured`, and steps can be added up. A step at which that holds
+    for all probes of the family leaves none out of other steps.
 
     Args:
         influence: Columns of `schema.INFLUENCE`.
@@ -37,7 +38,9 @@ def family_influence(influence: pd.DataFrame) -> pd.DataFrame:
 def _mean_over_probes(probes: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of `family_influence` for a frame with one row per probe and cause."""
     bad = ~(np.isfinite(probes["share"]) & np.isfinite(probes["measured"]))
-    left_out = bad.groupby([probes["family"], probes["probe_id"]]).transform("any")
+    broken = bad.groupby([probes["step"], probes["family"], probes["probe_id"]]).transform("any")
+    no_probe = broken.groupby([probes["step"], probes["family"]]).transform("all")  # such a step is left out by itself
+    left_out = no_probe | (broken & ~no_probe).groupby([probes["family"], probes["probe_id"]]).transform("any")
     kept = probes[_VALUES].mask(left_out)
     grouped = kept.assign(
         step=probes["step"],

@@ -285,6 +285,17 @@ def test_a_probe_that_is_not_finite_once_is_left_out_of_every_step_so_that_steps
     assert means["n_nonfinite"].unique().tolist() == [1]
 
 
+def test_a_step_of_which_nothing_is_known_leaves_no_probe_out_of_other_steps(tmp_path):
+    frame = influence_frame(ids=("p0/chosen", "p1/chosen"))
+    writer = new_log(tmp_path)
+    writer.write_account(1, {"influence": frame}, {})
+    writer.write_account(2, {"influence": frame.assign(share=math.nan)}, {})
+    means = load_run(tmp_path).family_influence()
+    assert means.groupby("step")["n_probes"].unique().map(list).to_dict() == {1: [2], 2: [0]}
+    assert means[means["step"] == 1]["share"].sum() == -4.0
+    assert means[means["step"] == 2]["share"].isna().all()
+
+
 def test_accounts_of_several_runs_are_stacked(log, tmp_path):
     other = new_log(tmp_path / "other")
     explain(other, 3)
