@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig, ScriptArguments, TrlParser
 
 from llm_dynamics.callbacks.probe import watcher_of
 
 FOLDERS = ("models", "runs")
+
+
+def parse_flags(parser: TrlParser, arguments: Sequence[str] | None) -> tuple[Any, ...]:
+    """Return the dataclasses that the command line and its YAML fill; unknown flags end the program, with the nearest.
+
+    Args:
+        parser: The script's.
+        arguments: The command line; None: that of the process.
+
+    Raises:
+        SystemExit: With status 2, for a flag or a key of the YAML that there is not.
+    """
+    *filled, rest = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    flags = [f"--{field.name}" for kind in parser.dataclass_types for field in dataclasses.fields(kind)]
+    for flag in (text.split("=")[0] for text in rest if text.startswith("--")):
+        near = difflib.get_close_matches(flag, flags, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        parser.exit(2, f"{flag} is no flag of this recipe, nor a key of its YAML; {hint}--help lists all\n")
+    if rest:
+        parser.exit(2, f"not understood: {' '.join(rest)}; --help lists all flags\n")
+    return tuple(filled)
 
 
 def set_model_arguments(model_args: ModelConfig, training_args: Any) -> None:

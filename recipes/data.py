@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, extract_prompt
 
 from llm_dynamics.demo.preferences import load_preferences
+from llm_dynamics.probes.rows import read_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +92,10 @@ def load_rows(args: ScriptArguments, split: str) -> Dataset:
     """Load a split of what `dataset_name` names, as it is.
 
     Raises:
-        ValueError: For no name, streaming, a file of another kind, or another split than train of a single file.
+        ValueError: For no name, streaming, a file of another kind, a line of a .jsonl that is no JSON object, or
+            another split than train of a single file.
         FileNotFoundError: If the name is that of a file, and there is none.
+        DatasetGenerationError: If `datasets` cannot make a table of the file.
     """
     name, config = args.dataset_name, args.dataset_config
     if name is None:
@@ -106,7 +110,12 @@ def load_rows(args: ScriptArguments, split: str) -> Dataset:
             raise ValueError(f"{name} is one file, which is the split train; for {split!r} give a folder with both")
         if path.suffix not in FILE_TYPES:
             raise ValueError(f"{name} ends in {path.suffix!r}; allowed: {', '.join(FILE_TYPES)}")
-        return load_dataset(FILE_TYPES[path.suffix], data_files={"train": str(path)}, split=split)
+        try:
+            return load_dataset(FILE_TYPES[path.suffix], data_files={"train": str(path)}, split=split)
+        except DatasetGenerationError:
+            if path.suffix == ".jsonl":
+                read_jsonl(path)  # names the line that is no JSON
+            raise
     if path.suffix in FILE_TYPES:
         raise FileNotFoundError(f"there is no file {name} in {Path.cwd()}")
     if path.is_dir():

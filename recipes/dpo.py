@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common import set_model_arguments, train_and_save
+from common import parse_flags, set_model_arguments, train_and_save
 from data import PAIR, load_pairs, uses_chat
 from trl import (
     DPOConfig,
@@ -49,7 +49,7 @@ def make_parser() -> TrlParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
-    script_args, training_args, model_args, watch_args = make_parser().parse_args_and_config(arguments)
+    script_args, training_args, model_args, watch_args = parse_flags(make_parser(), arguments)
     set_model_arguments(model_args, training_args)
     chat = uses_chat(model_args, training_args)
     pairs = load_pairs(script_args, chat=chat)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common import set_model_arguments, train_and_save
+from common import parse_flags, set_model_arguments, train_and_save
 from tasks import TaskArguments, load_task
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: Where evaluation is asked for.
     """
-    script_args, training_args, model_args, watch_args = make_parser().parse_args_and_config(arguments)
+    script_args, training_args, model_args, watch_args = parse_flags(make_parser(), arguments)
     set_model_arguments(model_args, training_args)
     if training_args.eval_strategy != "no":
         raise ValueError(

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common import set_model_arguments, train_and_save
+from common import parse_flags, set_model_arguments, train_and_save
 from data import load_pairs, uses_chat
 from datasets import Dataset
 from trl import (
@@ -50,7 +50,7 @@ def chosen_only(pairs: Dataset) -> Dataset:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
-    script_args, training_args, model_args, watch_args = make_parser().parse_args_and_config(arguments)
+    script_args, training_args, model_args, watch_args = parse_flags(make_parser(), arguments)
     set_model_arguments(model_args, training_args)
     chat = uses_chat(model_args, training_args)
     pairs = load_pairs(script_args, chat=chat)

@@ -39,7 +39,7 @@ TABLES = {"probes": schema.PROBES, **schema.TABLES}
 
 
 def blocks(text, kind):
-    return re.findall(rf"^```{kind}\n(.*?)^```$", text, flags=re.M | re.S)
+    return [code for named, code in re.findall(r"^```([^\n]*)\n(.*?)^```$", text, flags=re.M | re.S) if named == kind]
 
 
 @pytest.mark.filterwarnings("ignore")  # the example takes TRL's defaults, some of which warn on a CPU

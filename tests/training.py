@@ -88,10 +88,11 @@ def dataset_for(kind, tokenizer):
     return Dataset.from_list([{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]])
 
 
-def build_trainer(kind, model_folder, output_dir, *, lora=False, dropout=0.0, callbacks=(), **arguments):
+def build_trainer(kind, model_folder, output_dir, *, lora=False, dropout=0.0, callbacks=(), rows=None, **arguments):
     """Build a trainer of `kind` on the model of `model_folder`; a run of it depends on nothing but its arguments.
 
-    `dropout` is the adapter's; attention dropout is a setting of the saved model.
+    `dropout` is the adapter's; attention dropout is a setting of the saved model. `rows` stand for those of
+    `dataset_for`.
     """
     transformers.set_seed(0)
     trainer_class, config_class = KINDS[kind]
@@ -124,7 +125,7 @@ def build_trainer(kind, model_folder, output_dir, *, lora=False, dropout=0.0, ca
     return trainer_class(
         model=AutoModelForCausalLM.from_pretrained(model_folder),
         args=config_class(**settings | arguments),
-        train_dataset=dataset_for(kind, tokenizer),
+        train_dataset=dataset_for(kind, tokenizer) if rows is None else rows,
         processing_class=tokenizer,
         callbacks=list(callbacks),
         **options,

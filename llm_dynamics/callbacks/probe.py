@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import IntervalStrategy, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_dynamics import _trl
+from llm_dynamics.callbacks.doubts import warn_of_finished_training, warn_of_other_form
 from llm_dynamics.callbacks.metadata import describe_run
 from llm_dynamics.callbacks.metrics import finite_only, observation_metrics
 from llm_dynamics.callbacks.recorder import Recorder
@@ -143,6 +144,8 @@ class ProbeCallback(TrainerCallback):
             token_budget_mb=token_budget_mb,
             seed=seed,
         )
+        warn_of_finished_training(trainer)
+        warn_of_other_form(trainer, probes)
         self._token_probes: set[str] = set()
         self._start: dict[str, float] = {}
         self._ref_logp: torch.Tensor | None = None

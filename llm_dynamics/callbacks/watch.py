@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ from transformers import Trainer
 
 from llm_dynamics.callbacks.displacement import DisplacementCallback
 from llm_dynamics.callbacks.influence import InfluenceCallback
+from llm_dynamics.callbacks.influence_settings import InfluenceSettings
 from llm_dynamics.callbacks.model_card import describe_in_model_card
+from llm_dynamics.callbacks.options import refuse_unknown
 from llm_dynamics.callbacks.probe import ProbeCallback
 from llm_dynamics.callbacks.tracker_tables import TrackerTables
 from llm_dynamics.probes import ProbeSet
@@ -50,7 +54,8 @@ def watch(
         The callback, already added to the trainer; `load_run(callback.log_folder)` reads what it wrote.
 
     Raises:
-        TypeError: Where `displacement` is asked of a trainer that does not roll out; nothing is attached then.
+        TypeError: Where `displacement` is asked of a trainer that does not roll out, or an argument has an unknown
+            name; nothing is attached then.
         ValueError: As for `ProbeCallback` and `InfluenceCallback`; nothing is attached then.
         NotImplementedError: As for `ProbeCallback` and `InfluenceCallback`; nothing is attached then.
 
@@ -58,6 +63,7 @@ def watch(
         >>> watch(trainer, ProbeSet.from_preference_dataset(dataset, n_prompts=50))  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """
+    _check_names(options, influence, displacement)
     if isinstance(probes, str | Path):
         probes = ProbeSet.load(probes)
     callback = ProbeCallback(trainer, probes, every, **options)
@@ -80,3 +86,15 @@ def watch(
     if model_card:
         describe_in_model_card(trainer)
     return callback
+
+
+def _check_names(options: Mapping[str, Any], influence: bool | Mapping[str, Any], displacement: Any) -> None:
+    own = [*inspect.signature(watch).parameters][2:-1]  # after trainer and probes, without **options
+    passed_on = [name for name in inspect.signature(ProbeCallback).parameters if name not in ("trainer", "probes")]
+    refuse_unknown(options, dict.fromkeys([*own, *passed_on]), "watch()")
+    if isinstance(influence, Mapping):
+        fields = [field.name for field in dataclasses.fields(InfluenceSettings)]
+        refuse_unknown(influence, fields, "watch(influence={...})")
+    if isinstance(displacement, Mapping):
+        measured = [*inspect.signature(DisplacementCallback).parameters][1:]
+        refuse_unknown(displacement, measured, "watch(displacement={...})")

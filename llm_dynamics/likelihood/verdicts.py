@@ -14,21 +14,18 @@ from typing import Literal
 
 import pandas as pd
 
-from llm_dynamics.likelihood.verdict_rules import THRESHOLDS as THRESHOLDS
+from llm_dynamics.likelihood.log_rule import find_log_problems, mend_log
 from llm_dynamics.likelihood.verdict_rules import (
-    Outcome,
-    RunTables,
-    changes_of,
     find_displacement,
     find_large_steps,
     find_lazy,
-    find_log_problems,
     find_squeezing,
     find_transfer,
     find_valley,
-    mend_log,
 )
 from llm_dynamics.likelihood.verdict_rules import too_small_to_measure as too_small_to_measure
+from llm_dynamics.likelihood.verdict_terms import THRESHOLDS as THRESHOLDS
+from llm_dynamics.likelihood.verdict_terms import Outcome, RunTables, changes_of
 
 Status = Literal["found", "clear", "unknown"]
 

@@ -12,6 +12,8 @@ from llm_dynamics.report.text import precise_nats
 MOST = 4
 """Families named of those that fell, and of those that rose; chosen and rejected are always among them."""
 
+_MOMENTUM = "Momentum is what the optimizer still applies of the gradients of earlier steps."
+
 
 def glance(view: Mapping[str, Any], verdicts: Mapping[str, Any], account: Mapping[str, Any] | None) -> dict[str, Any]:
     """Sum up one run.
@@ -62,4 +64,5 @@ def _why(accounts: Sequence[Mapping[str, Any]]) -> str | None:
     if up and up["share"] > 0:
         parts.append(f"pulled up most by {up['label']} ({precise_nats(up['share'])})")
     ordered = parts if moved < 0 else parts[::-1]
-    return f"{account['name']} {precise_nats(moved)} nats in the explained steps: {', '.join(ordered)}."
+    told = f"{account['name']} {precise_nats(moved)} nats in the explained steps: {', '.join(ordered)}."
+    return f"{told} {_MOMENTUM}" if "momentum" in told else told

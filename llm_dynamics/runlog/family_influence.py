@@ -40,7 +40,7 @@ def _mean_over_probes(probes: pd.DataFrame) -> pd.DataFrame:
     bad = ~(np.isfinite(probes["share"]) & np.isfinite(probes["measured"]))
     broken = bad.groupby([probes["step"], probes["family"], probes["probe_id"]]).transform("any")
     no_probe = broken.groupby([probes["step"], probes["family"]]).transform("all")  # such a step is left out by itself
-    left_out = no_probe | (broken & ~no_probe).groupby([probes["family"], probes["probe_id"]]).transform("any")
+    left_out = broken | (broken & ~no_probe).groupby([probes["family"], probes["probe_id"]]).transform("any")
     kept = probes[_VALUES].mask(left_out)
     grouped = kept.assign(
         step=probes["step"],

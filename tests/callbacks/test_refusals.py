@@ -133,6 +133,25 @@ def test_an_argument_out_of_range_is_named_with_what_is_allowed(options, message
         watch(trainer, make_probes(), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"evry": 5}, r"watch\(\) has no argument 'evry'; did you mean 'every'\? There are: every, influence,"),
+        ({"max_overhed": 0.1}, "did you mean 'max_overhead'"),
+        (
+            {"influence": {"rules": "gauss2"}},
+            r"watch\(influence=\{...\}\) has no argument 'rules'; did you mean 'rule'",
+        ),
+        ({"displacement": {"qqq": 1}}, r"has no argument 'qqq'\. There are: every, correct_from, eps$"),
+    ],
+)
+def test_a_misspelt_argument_is_named_with_the_nearest(options, message, trainer):
+    before = list(trainer.callback_handler.callbacks)
+    with pytest.raises(TypeError, match=message):
+        watch(trainer, make_probes(), **options)
+    assert trainer.callback_handler.callbacks == before
+
+
 def test_things_that_are_no_trainer_or_probe_set_are_named(trainer):
     with pytest.raises(TypeError, match="trainer must be a transformers or TRL trainer; seen dict"):
         watch({}, make_probes())

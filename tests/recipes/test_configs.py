@@ -135,7 +135,20 @@ def test_every_flag_of_watching_is_explained_in_the_help(make_parser):
     assert "--learning_rate" in text
 
 
-def test_an_unknown_key_is_refused(tmp_path):
-    (tmp_path / "bad.yaml").write_text("max_prompt_length: 3\noutput_dir: x\nuse_cpu: true\nbf16: false\n")
-    with pytest.raises(ValueError, match="max_prompt_length"):
-        dpo.make_parser().parse_args_and_config(["--config", str(tmp_path / "bad.yaml")])
+@pytest.mark.parametrize(
+    ("key", "flags", "said"),
+    [
+        ("max_prompt_length: 3", [], r"^--max_prompt_length is no flag.*did you mean --max_(completion_)?length\?"),
+        ("watch_evry: 3", [], r"^--watch_evry is no flag .* YAML; did you mean --watch_every\?"),
+        ("seed: 3", ["--watch_promts=4"], r"^--watch_promts is no flag.*did you mean --watch_prompts\?"),
+        ("seed: 3", ["--qqqq", "1"], r"^--qqqq is no flag of this recipe, nor a key of its YAML; --help lists all"),
+        ("seed: 3", ["stray"], r"^not understood: stray"),
+    ],
+)
+@pytest.mark.parametrize("recipe", [sft, extend_sft, dpo, kto, grpo], ids=lambda recipe: recipe.__name__)
+def test_an_unknown_key_or_flag_ends_the_recipe_with_the_nearest(recipe, key, flags, said, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text(f"{key}\noutput_dir: x\nuse_cpu: true\nbf16: false\n")
+    with pytest.raises(SystemExit) as left:
+        recipe.main(["--config", str(tmp_path / "bad.yaml"), *flags])
+    assert left.value.code == 2
+    assert re.search(said, capsys.readouterr().err, re.MULTILINE)

@@ -164,6 +164,13 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         load_rows(ScriptArguments(dataset_name=str(tmp_path / "pairs.txt")), "train")
 
 
+def test_a_broken_line_of_a_file_is_named(tmp_path):
+    path = tmp_path / "cut.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n{"prompt": "a", "cho')
+    with pytest.raises(ValueError, match=r"cut\.jsonl, line 3: not valid JSON"):
+        load_rows(ScriptArguments(dataset_name=str(path)), "train")
+
+
 def test_plain_text_for_a_model_with_a_chat_template_is_mentioned(tmp_path, caplog):
     row = {"prompt": "Two and two is", "chosen": " four.", "rejected": " five."}
     args = ScriptArguments(dataset_name=write_jsonl(tmp_path / "pairs.jsonl", [row]))

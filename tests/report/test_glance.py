@@ -7,7 +7,7 @@ import pytest
 
 from llm_dynamics.likelihood.verdicts import judge
 from llm_dynamics.report import write_report
-from llm_dynamics.report.glance import MOST
+from llm_dynamics.report.glance import MOST, _why
 from llm_dynamics.runlog import load_runs
 
 from .synthetic import HOSTILE, write_accounts, write_run, write_values
@@ -69,6 +69,14 @@ def test_every_link_leads_somewhere(page):
 def test_it_tells_why_where_steps_were_explained(explained, tmp_path):
     text = glance_at(write_report(explained, tmp_path / "report.html").read_text("utf-8"), explained.name)
     assert re.search(r"why chosen -\d+\.\d+ nats in the explained steps: pushed down most by [a-z ,]+ \(-", text)
+
+
+def test_momentum_is_put_in_words_where_it_is_named():
+    named = {"name": "chosen", "measured": -1.0, "bars": [{"label": "momentum", "share": -2.0}]}
+    other = named | {"bars": [{"label": "rejected tokens", "share": -2.0}]}
+    assert _why([named]).endswith("by momentum (−2.00). Momentum is what the optimizer still applies of the gradients "
+                                  "of earlier steps.")  # fmt: skip
+    assert _why([other]).endswith("by rejected tokens (−2.00).")
 
 
 def test_where_no_step_was_explained_it_says_how(page):
