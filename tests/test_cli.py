@@ -340,6 +340,14 @@ def test_compare_says_of_how_many_probes_a_difference_is(run, tmp_path):
     assert "a: 9 of its 12 probes" in out
 
 
+def test_compare_says_where_there_is_nothing_to_compare_yet(run, two_runs, tmp_path):
+    observe(new_log(tmp_path / "killed" / "dynamics"), 0, (-10.0, -20.0))
+    status, out, err = run("compare", two_runs[0], tmp_path / "killed", "--json")
+    assert status == 0
+    assert json.loads(out)
+    assert "warning: killed has one observation, of step 0" in err
+
+
 def test_compare_of_runs_without_shared_probes_shows_changes_alone(run, tmp_path):
     random_log(tmp_path / "a", families=("chosen",))
     random_log(tmp_path / "b", families=("rejected",))

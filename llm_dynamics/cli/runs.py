@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from llm_dynamics.cli.show import console, print_json
+from llm_dynamics.cli.show import console, errors, print_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +48,14 @@ def compare(
     from llm_dynamics.runlog import load_runs
 
     _only_one(as_json, as_csv)
-    compared = frames.compare(load_runs(_named_runs(runs)), per_token=per_token)
+    logs = load_runs(_named_runs(runs))
+    for name, log in logs.runs.items():
+        if len(log.observed_steps) == 1:
+            note = (
+                f"{name} has one observation, of step {log.observed_steps[0]}: its changes are 0 for want of a second"
+            )
+            errors.print(Text.assemble(("warning: ", "yellow"), note), soft_wrap=True)
+    compared = frames.compare(logs, per_token=per_token)
     if as_json:
         print_json(compared)
     elif as_csv:
