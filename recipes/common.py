@@ -4,16 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 from trl import ModelConfig, ScriptArguments, TrlParser
 
+import llm_dynamics
 from llm_dynamics.callbacks.probe import watcher_of
 
 FOLDERS = ("models", "runs")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a recipe. What is refused of its input ends it in one line, as `llm-dynamics` does; the rest is raised.
+
+    Args:
+        main: The recipe's.
+
+    Raises:
+        SystemExit: With status 1, where a check of the recipes or of `llm_dynamics` refused something
+            (LLM_DYNAMICS_TRACEBACK=1 in the environment shows where).
+        ValueError: As others raise it; so are the following.
+        TypeError: Likewise.
+        NotImplementedError: Likewise.
+        ModuleNotFoundError: Likewise.
+        OSError: Likewise.
+    """
+    try:
+        main()
+    except (ValueError, TypeError, NotImplementedError, ModuleNotFoundError, OSError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        checks = (Path(__file__).resolve().parent, Path(llm_dynamics.__file__).resolve().parent)
+        if os.environ.get("LLM_DYNAMICS_TRACEBACK") or not any(map(raised_in.is_relative_to, checks)):
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
 
 
 def parse_flags(parser: TrlParser, arguments: Sequence[str] | None) -> tuple[Any, ...]:
@@ -26,14 +55,18 @@ def parse_flags(parser: TrlParser, arguments: Sequence[str] | None) -> tuple[Any
     Raises:
         SystemExit: With status 2, for a flag or a key of the YAML that there is not.
     """
-    *filled, rest = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    flags = [f"--{field.name}" for kind in parser.dataclass_types for field in dataclasses.fields(kind)]
-    for flag in (text.split("=")[0] for text in rest if text.startswith("--")):
-        near = difflib.get_close_matches(flag, flags, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        parser.exit(2, f"{flag} is no flag of this recipe, nor a key of its YAML; {hint}--help lists all\n")
-    if rest:
-        parser.exit(2, f"not understood: {' '.join(rest)}; --help lists all flags\n")
+    *filled, keys, flags = parser.parse_args_and_config(
+        arguments, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    known = [field.name for kind in parser.dataclass_types for field in dataclasses.fields(kind)]
+    unknown = [(f"the YAML's key {text[2:]}", text[2:], "") for text in keys if text.startswith("--")]
+    unknown += [(text, text[2:].split("=")[0], "--") for text in flags if text.startswith("--")]
+    for shown, name, dashes in unknown:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+        hint = f"did you mean {dashes}{near[0]}? " if near else ""
+        parser.exit(2, f"{shown} is unknown to this recipe; {hint}--help lists all\n")
+    if flags:
+        parser.exit(2, f"not understood: {' '.join(flags)}; --help lists all flags\n")
     return tuple(filled)
 
 

@@ -10,7 +10,8 @@ r"""Data of the recipes: preference pairs and questions, by a short name, a hub 
 | a .jsonl, .json, .parquet or .csv file | its rows are the split `train` |
 
 Pairs may be plain or conversational, with a prompt column or the prompt inside both responses. Models without a chat
-template get plain text in the form of HH's transcripts ("\n\nHuman: ... \n\nAssistant:"), all others chat messages.
+template get conversations as plain text in the form of HH's transcripts ("\n\nHuman: ... \n\nAssistant:"); models with
+one get transcripts as chat messages, and with `--as_chat` any plain text.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,23 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ROLES = {"user": HUMAN, "assistant": ASSISTANT}
 
 
+@dataclass
+class PairArguments(ScriptArguments):
+    """TRL's script arguments, and how pairs are read.
+
+    Attributes:
+        as_chat: Make plain prompts and responses chat messages, so that the model's chat template is applied.
+    """
+
+    as_chat: bool = field(
+        default=False,
+        metadata={
+            "help": "Make plain prompts and responses chat messages, so that the model's chat template is applied. By "
+            "default plain text is trained on as it stands, as TRL does."
+        },
+    )
+
+
 def uses_chat(model_args: ModelConfig, training_args: Any) -> bool:
     """Tell whether the model is trained on chat messages: it has a chat template, or SFT gives it one."""
     if getattr(training_args, "chat_template_path", None):
@@ -54,11 +73,11 @@ def uses_chat(model_args: ModelConfig, training_args: Any) -> bool:
     return tokenizer.chat_template is not None
 
 
-def load_pairs(args: ScriptArguments, *, chat: bool, held_out: bool = False) -> Dataset:
+def load_pairs(args: PairArguments, *, chat: bool, held_out: bool = False) -> Dataset:
     """Load preference pairs in TRL's explicit form.
 
     Args:
-        args: `dataset_name`, `dataset_config` and the splits are used.
+        args: `dataset_name`, `dataset_config`, the splits and `as_chat` are used.
         chat: Whether the model reads chat messages, see `uses_chat`.
         held_out: Load the test split.
 
@@ -67,11 +86,15 @@ def load_pairs(args: ScriptArguments, *, chat: bool, held_out: bool = False) -> 
         answers is left out and counted in a warning.
 
     Raises:
-        ValueError: If no row is a pair, or the source cannot be named.
+        ValueError: If no row is a pair, the source cannot be named, or a model without chat template is asked for chat.
     """
+    if args.as_chat and not chat:
+        raise ValueError(
+            "as_chat is True, and the model has no chat template; leave it out (SFT: --chat_template_path)"
+        )
     split = args.dataset_test_split if held_out else args.dataset_train_split
     rows = load_preferences(split) if args.dataset_name == "polite_pairs" else load_rows(args, split)
-    pairs = [pair for row in rows if (pair := as_pair(row, chat=chat)) is not None]
+    pairs = [pair for row in rows if (pair := as_pair(row, chat=chat, as_chat=args.as_chat)) is not None]
     if len(pairs) < len(rows):
         logger.warning("%d of %d rows are not one prompt with two answers; left out", len(rows) - len(pairs), len(rows))
     if not pairs:
@@ -82,8 +105,8 @@ def load_pairs(args: ScriptArguments, *, chat: bool, held_out: bool = False) -> 
         )
     if chat and isinstance(pairs[0]["prompt"], str):
         logger.warning(
-            "the model has a chat template, and the rows are plain text: they are trained on as they stand. For the "
-            'template, write the prompt as messages: [{"role": "user", "content": ...}]'
+            "the model has a chat template, and the rows are plain text: they are trained on as they stand, without "
+            "it. Add --as_chat to make them chat messages"
         )
     return Dataset.from_list(pairs)
 
@@ -123,7 +146,7 @@ def load_rows(args: ScriptArguments, split: str) -> Dataset:
     return load_dataset(name, name=config, split=split)
 
 
-def as_pair(row: Mapping[str, Any], *, chat: bool) -> dict[str, Any] | None:
+def as_pair(row: Mapping[str, Any], *, chat: bool, as_chat: bool = False) -> dict[str, Any] | None:
     """Return a row with an explicit prompt and two answers to it, or None where it is not that."""
     pair = {name: row.get(name) for name in PAIR}
     if not pair["chosen"] or not pair["rejected"]:
@@ -142,8 +165,10 @@ def as_pair(row: Mapping[str, Any], *, chat: bool) -> dict[str, Any] | None:
             pair = extract_prompt({"chosen": pair["chosen"], "rejected": pair["rejected"]})
     if pair is None or not pair["prompt"]:
         return None
-    if chat and isinstance(pair["prompt"], str) and pair["prompt"].startswith(HUMAN):
-        pair = {"prompt": read_transcript(pair["prompt"])} | {
+    transcript = isinstance(pair["prompt"], str) and pair["prompt"].startswith(HUMAN)
+    if chat and isinstance(pair["prompt"], str) and (transcript or as_chat):
+        asked = pair["prompt"]
+        pair = {"prompt": read_transcript(asked) if transcript else [{"role": "user", "content": asked.strip()}]} | {
             name: [{"role": "assistant", "content": pair[name].strip()}] for name in PAIR[1:]
         }
     for name in PAIR[1:]:

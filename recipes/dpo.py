@@ -27,13 +27,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common import parse_flags, set_model_arguments, train_and_save
-from data import PAIR, load_pairs, uses_chat
+from common import parse_flags, run, set_model_arguments, train_and_save
+from data import PAIR, PairArguments, load_pairs, uses_chat
 from trl import (
     DPOConfig,
     DPOTrainer,
     ModelConfig,
-    ScriptArguments,
     TrlParser,
     get_peft_config,
     get_quantization_config,
@@ -44,7 +43,7 @@ from llm_dynamics import WatchConfig
 
 def make_parser() -> TrlParser:
     """Return the parser of the command line and of the YAML files."""
-    return TrlParser((ScriptArguments, DPOConfig, ModelConfig, WatchConfig))
+    return TrlParser((PairArguments, DPOConfig, ModelConfig, WatchConfig))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,4 +67,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common import parse_flags, set_model_arguments, train_and_save
+from common import parse_flags, run, set_model_arguments, train_and_save
 from data import load_pairs, uses_chat
 from datasets import Dataset, concatenate_datasets
 from sft import make_parser
@@ -71,4 +71,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common import parse_flags, set_model_arguments, train_and_save
+from common import parse_flags, run, set_model_arguments, train_and_save
 from tasks import TaskArguments, load_task
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -64,4 +64,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -23,13 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common import parse_flags, set_model_arguments, train_and_save
-from data import PAIR, load_pairs, uses_chat
+from common import parse_flags, run, set_model_arguments, train_and_save
+from data import PAIR, PairArguments, load_pairs, uses_chat
 from trl import (
     KTOConfig,
     KTOTrainer,
     ModelConfig,
-    ScriptArguments,
     TrlParser,
     get_peft_config,
     get_quantization_config,
@@ -41,7 +40,7 @@ from llm_dynamics import WatchConfig
 
 def make_parser() -> TrlParser:
     """Return the parser of the command line and of the YAML files."""
-    return TrlParser((ScriptArguments, KTOConfig, ModelConfig, WatchConfig))
+    return TrlParser((PairArguments, KTOConfig, ModelConfig, WatchConfig))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,4 +64,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

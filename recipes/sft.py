@@ -22,12 +22,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common import parse_flags, set_model_arguments, train_and_save
-from data import load_pairs, uses_chat
+from common import parse_flags, run, set_model_arguments, train_and_save
+from data import PairArguments, load_pairs, uses_chat
 from datasets import Dataset
 from trl import (
     ModelConfig,
-    ScriptArguments,
     SFTConfig,
     SFTTrainer,
     TrlParser,
@@ -40,7 +39,7 @@ from llm_dynamics import WatchConfig
 
 def make_parser() -> TrlParser:
     """Return the parser of the command line and of the YAML files."""
-    return TrlParser((ScriptArguments, SFTConfig, ModelConfig, WatchConfig))
+    return TrlParser((PairArguments, SFTConfig, ModelConfig, WatchConfig))
 
 
 def chosen_only(pairs: Dataset) -> Dataset:
@@ -69,4 +68,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

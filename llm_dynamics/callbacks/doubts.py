@@ -28,28 +28,44 @@ def warn_of_finished_training(trainer: Trainer) -> None:
         )
 
 
+def forms(trainer: Trainer, probes: ProbeSet) -> dict[str, str | bool | None]:
+    """Tell in which form the trainer's rows and the probes' prompts are.
+
+    Returns:
+        `rows`: "chat messages" or "plain text", as the first row is; None where that cannot be told (other columns than
+        TRL's, streams). `prompts`: the same of the probes; "both" where they differ. `chat_template`: whether the
+        tokenizer has one.
+    """
+    kinds = {"plain text" if isinstance(probe.prompt, str) else "chat messages" for probe in probes}
+    return {
+        "rows": _form_of_rows(trainer.train_dataset),
+        "prompts": "both" if len(kinds) > 1 else kinds.pop(),
+        "chat_template": getattr(trainer.processing_class, "chat_template", None) is not None,
+    }
+
+
 def warn_of_other_form(trainer: Trainer, probes: ProbeSet) -> None:
     """Warn where training rows are chat messages and all probes plain text, or the other way round.
 
-    The tokens around a response then differ from those that training sees, and the probes say little about it. What the
-    trainer's rows are is told from the first; rows of other columns than TRL's are left alone.
+    The tokens around a response then differ from those that training sees, and the probes say little about it.
     """
-    rows = trainer.train_dataset
-    if not isinstance(rows, Dataset) or not len(rows) or not trainer.is_world_process_zero():
+    form = forms(trainer, probes)
+    if None in form.values() or form["prompts"] in ("both", form["rows"]) or not trainer.is_world_process_zero():
         return
+    logger.warning(
+        "the trainer's rows are %s, and the prompts of the probes are %s: the chat template is put around the %s "
+        "alone, so the probes are scored in another form than the one trained on. Build them from rows like the "
+        "trainer's",
+        form["rows"],
+        form["prompts"],
+        "rows" if form["rows"] == "chat messages" else "probes",
+    )
+
+
+def _form_of_rows(rows: object) -> str | None:
+    if not isinstance(rows, Dataset) or not len(rows):
+        return None
     first = rows[0]
     if not any(name in first for name in _TEXTS):
-        return
-    trained_on_chat = is_conversational(first)
-    if all(isinstance(probe.prompt, str) == trained_on_chat for probe in probes):
-        rows_are, probes_are, around = (
-            ("chat messages", "plain text", "rows") if trained_on_chat else ("plain text", "chat messages", "probes")
-        )
-        logger.warning(
-            "the trainer's rows are %s, and the prompts of the probes are %s: the chat template is put around the %s "
-            "alone, so the probes are scored in another form than the one trained on. Build them from rows like the "
-            "trainer's",
-            rows_are,
-            probes_are,
-            around,
-        )
+        return None
+    return "chat messages" if is_conversational(first) else "plain text"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerState
 
+from llm_dynamics.callbacks.doubts import forms
 from llm_dynamics.likelihood.head import unwrap_model
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def describe_run(callback: ProbeCallback, state: TrainerState) -> dict[str, Any]
         "squeeze_strength": callback.squeeze_strength,
         "reference": callback.reference,
         "truncation": {"max_length": callback.truncation.max_length, "mode": callback.truncation.mode},
+        "forms": forms(trainer, callback.probes),
         "chat_template_kwargs": _plain(callback.chat_template_kwargs),
         "n_truncated": callback.encoded.n_truncated,
         "boundary_merges": callback.encoded.boundary_merges,

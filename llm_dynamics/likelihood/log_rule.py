@@ -24,8 +24,9 @@ def mend_log(run: RunTables) -> str:
 _LOG_REMEDIES = {
     "NaN": "NaN: look for what overflows (--learning_rate, float16).",
     "truncated": "Truncated: raise --max_length.",
-    "few": "Few probes: watch more prompts (--watch_prompts 50).",
-    "one": "One observation: a smaller --watch_every.",
+    "few": "Few probes: watch more prompts, where the data has them (recipes: --watch_prompts 50; else n_prompts=50).",
+    "form": "Other form: build the probes from rows like the trainer's, chat messages for chat messages.",
+    "one": "One observation: watch more often (--watch_every; watch(..., every=)).",
 }
 
 
@@ -54,6 +55,10 @@ def _log_problems(run: RunTables) -> list[tuple[str, str]]:
             f"{counted(len(counts), 'family', 'families')}{named}: {few.min()} in the smallest"
         )
         problems.append((told, _LOG_REMEDIES["few"]))
+    form = run.meta.get("forms") or {}
+    if form.get("rows") and form["prompts"] not in ("both", form["rows"]):
+        told = f"the training rows are {form['rows']}, and the prompts of the probes {form['prompts']}"
+        problems.append((told, _LOG_REMEDIES["form"]))
     steps = sequences["step"].nunique()
     if steps < 2:
         problems.append((f"{'one' if steps else 'no'} observation: nothing to compare", _LOG_REMEDIES["one"]))

@@ -104,7 +104,7 @@ def find_valley(run: RunTables, moved: pd.DataFrame) -> Outcome:
         excess = prompts.mean(divided(seen["tau0_sum"], seen["n_tokens"]), seen["prompt_id"])
         found &= excess > THRESHOLDS["valley_tau0"]
         fate = f"tokens below probability {excess[0]:.3f} fall with it" if excess[0] > 0 else "all others rise"
-        numbers += f"; where a step pushes it down, {fate} (tau0 {excess[0]:+.3f} on average)"
+        numbers += f"; where a step pushes it down, {fate} (tau0 {excess[0]:+.3f}, mean over responses)"
     return Finding(found, numbers + say_left_out(rejected, rate.isna(), "not finite"), counted(prompts.size, "prompt"))
 
 

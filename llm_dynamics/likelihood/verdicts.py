@@ -104,15 +104,19 @@ def is_squeezing(sequences: pd.DataFrame) -> tuple[bool, str] | None:
     return None if isinstance(outcome, str) else (bool(outcome.found[0]), outcome.evidence)
 
 
+EXPLAIN = "watch(..., influence=True), or --watch_influence of the recipes"
+"""How steps are explained."""
+
 _EXTEND = (
-    "SFT on both responses before the preference training [LD 4.3]: recipes/extend_sft.py, then recipes/dpo.py "
-    "--model_name_or_path on its output"
+    "SFT on both responses before the preference training [LD 4.3]: python recipes/extend_sft.py --config "
+    "recipes/configs/<model>_extend.yaml --dataset_name <your pairs>, then preference training from the model that it "
+    "saves (--model_name_or_path)"
 )
 
 
 def _against_displacement(run: RunTables) -> str:
     """Return what to do about chosen that falls; who pushed it is known where steps were explained."""
-    who = "See in the account who pushed it" if len(run.accounts) else "See who pushed it: watch(..., influence=True)"
+    who = "See in the account who pushed it" if len(run.accounts) else f"See who pushed it: {EXPLAIN}"
     return (
         f"{who}. Then add the SFT loss to DPO's (--loss_type sigmoid sft --loss_weights 1.0 1.0); or {_EXTEND}; or "
         "drop the pairs that displace most (kernel.ches_scores, highest normalised first [CHES]); or stop earlier."
@@ -190,7 +194,7 @@ _RULES: tuple[
         "Can these curves be trusted?",
         find_log_problems,
         f"NaN, more than {THRESHOLDS['truncated_share']:.0%} truncated, fewer than {THRESHOLDS['fewest_probes']:g} "
-        "probes in a family, or fewer than two observations",
+        "probes in a family, probes of another form than the training rows, or fewer than two observations",
         mend_log,
     ),
 )

@@ -32,9 +32,11 @@ def run_view(name: str, run: RunLog) -> dict[str, Any]:
     steps = sorted(run.sequences["step"].unique())  # of what could be read
     squeezing = run.sequences[[f"{panel.column}_sum" for panel in figures.PANELS]]
     squeezed = figures.squeezing_families(run.sequences["family"])
+    form = run.meta.get("forms") or {}
     return {
         "name": name,
         "trainer": str(run.meta.get("trainer", "")),
+        "untemplated": form.get("prompts") == "plain text" and bool(form.get("chat_template")),
         "n_steps": len(steps),
         "first": steps[0] if steps else None,
         "last": steps[-1] if steps else None,

@@ -24,7 +24,8 @@ def glance(view: Mapping[str, Any], verdicts: Mapping[str, Any], account: Mappin
         account: What `why.why_section` says of it, or None where none of its steps was explained.
 
     Returns:
-        `name`, `trainer`, `n_probes`, `n_steps`, `first` and `last` step; `compares`, whether there is anything to
+        `name`, `trainer`, `n_probes`, `n_steps`, `first` and `last` step; `untemplated`, whether
+        the model's chat template is there and not used; `compares`, whether there is anything to
         compare; `fell` and `rose`, each `n`, `named` (rows of `what_moved`, the largest change first) and `more` (how
         many are not named); `n_families`; `greedy`, the change of the greedy tokens in nats, or None; `why`, a
         sentence, or None; `found`, the verdicts found.
@@ -32,7 +33,7 @@ def glance(view: Mapping[str, Any], verdicts: Mapping[str, Any], account: Mappin
     rows = [row for row in view["moved"] if math.isfinite(row["delta"])]
     families = [row for row in rows if row["family"] != ARGMAX]
     return {
-        **{key: view[key] for key in ("name", "trainer", "n_probes", "n_steps", "first", "last")},
+        **{key: view[key] for key in ("name", "trainer", "n_probes", "n_steps", "first", "last", "untemplated")},
         "compares": view["n_steps"] > 1 and bool(families),
         "fell": _named([row for row in families if row["delta"] < 0]),
         "rose": _named([row for row in families if row["delta"] > 0]),

@@ -18,6 +18,7 @@ _FIRST = (
     "device",
     "world_size",
     "tokenizer",
+    "forms",
     "trainer",
     "max_steps",
     "arguments",

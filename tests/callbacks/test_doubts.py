@@ -7,8 +7,11 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from llm_dynamics.callbacks import watch
-from llm_dynamics.callbacks.doubts import warn_of_other_form
+from llm_dynamics.callbacks.doubts import forms, warn_of_other_form
+from llm_dynamics.likelihood.verdicts import judge
 from llm_dynamics.probes import ProbeSet
+from llm_dynamics.report import write_report
+from llm_dynamics.runlog import load_run
 from tests.conftest import PREFERENCES
 from tests.training import KINDS, build_trainer, dataset_for, make_probes, save_tiny_model
 
@@ -84,3 +87,28 @@ def test_watching_after_training_is_doubted_and_a_further_training_is_watched(mo
 def test_an_untrained_trainer_on_rows_like_the_probes_is_not_doubted(model_folder, warned, tmp_path):
     watch(build_trainer("dpo", model_folder, tmp_path), make_probes(), influence=True)
     assert warned() == []
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+def test_the_log_says_in_which_form_rows_and_probes_are_and_the_verdict_and_page_repeat_it(
+    chat, model_folder, tmp_path
+):
+    rows = Dataset.from_list([as_chat(row) for row in PREFERENCES]) if chat else None
+    trainer = build_trainer("dpo", model_folder, tmp_path / "run", max_steps=1, rows=rows)
+    watch(trainer, make_probes(), every=1)
+    trainer.train()
+    run = load_run(tmp_path / "run")
+    rows_are = "chat messages" if chat else "plain text"
+    assert run.meta["forms"] == {"rows": rows_are, "prompts": "plain text", "chat_template": True}
+    verdict = {verdict.name: verdict for verdict in judge(run)}["probes and log"]
+    said = "the training rows are chat messages, and the prompts of the probes plain text"
+    assert (said in verdict.evidence) == ("Other form: build the probes" in verdict.remedy) == chat
+    page = write_report(run, tmp_path / "report.html").read_text("utf-8")
+    assert "prompts are plain text, without the model’s chat template" in page
+
+
+def test_forms_are_none_where_they_cannot_be_told(model_folder, chat_probes, tmp_path):
+    trainer = build_trainer("plain", model_folder, tmp_path)
+    trainer.processing_class.chat_template = None
+    both = ProbeSet([*make_probes().select(prompt_ids=["p00000"]), *chat_probes.select(prompt_ids=["p00001"])])
+    assert forms(trainer, both) == {"rows": None, "prompts": "both", "chat_template": False}

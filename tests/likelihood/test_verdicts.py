@@ -285,7 +285,7 @@ def test_valley_tells_what_it_left_out():
     found = verdict("valley", valley(0.05, 0))
     assert found.evidence == (
         "rejected starts at 0.05 per token (geometric mean over 1 probe); where a step pushes it down, tokens below "
-        "probability 0.250 fall with it (tau0 +0.250 on average); left out: 1 of 2 rejected (not finite)"
+        "probability 0.250 fall with it (tau0 +0.250, mean over responses); left out: 1 of 2 rejected (not finite)"
     )
     assert verdict("valley", valley(0)).status == "unknown"
     assert verdict("valley", Tables(sequences=observed({"chosen-0": (-1.0, -1.0)}))).status == "unknown"

@@ -111,7 +111,7 @@ def test_rejected_that_is_unlikely_before_training_is_a_valley_and_sft_on_it_fil
     assert p < 0.1
     assert found.evidence == (
         f"rejected starts at {p:.3g} per token (geometric mean over 12 probes); where a step pushes it down, tokens "
-        f"below probability {tau0:.3f} fall with it (tau0 {tau0:+.3f} on average)"
+        f"below probability {tau0:.3f} fall with it (tau0 {tau0:+.3f}, mean over responses)"
     )
 
 

@@ -138,10 +138,18 @@ def test_every_flag_of_watching_is_explained_in_the_help(make_parser):
 @pytest.mark.parametrize(
     ("key", "flags", "said"),
     [
-        ("max_prompt_length: 3", [], r"^--max_prompt_length is no flag.*did you mean --max_(completion_)?length\?"),
-        ("watch_evry: 3", [], r"^--watch_evry is no flag .* YAML; did you mean --watch_every\?"),
-        ("seed: 3", ["--watch_promts=4"], r"^--watch_promts is no flag.*did you mean --watch_prompts\?"),
-        ("seed: 3", ["--qqqq", "1"], r"^--qqqq is no flag of this recipe, nor a key of its YAML; --help lists all"),
+        (
+            "max_prompt_length: 3",
+            [],
+            r"^the YAML's key max_prompt_length .*did you mean max_(completion_)?length\?",
+        ),
+        ("watch_evry: 3", [], r"^the YAML's key watch_evry is unknown to this recipe; did you mean watch_every\?"),
+        (
+            "seed: 3",
+            ["--watch_promts=4"],
+            r"^--watch_promts=4 is unknown.*did you mean --watch_prompts\?",
+        ),
+        ("seed: 3", ["--qqqq", "1"], r"^--qqqq is unknown to this recipe; --help lists all"),
         ("seed: 3", ["stray"], r"^not understood: stray"),
     ],
 )

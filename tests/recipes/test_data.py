@@ -5,8 +5,8 @@ import json
 import datasets
 import pytest
 import tasks
-from common import check_model_folder
-from data import as_pair, load_pairs, load_rows, read_transcript, split_transcripts, write_transcript
+from common import check_model_folder, run
+from data import PairArguments, as_pair, load_pairs, load_rows, read_transcript, split_transcripts, write_transcript
 from extend_sft import extend
 from tasks import TaskArguments, load_task
 from trl import ScriptArguments
@@ -74,7 +74,7 @@ def test_hh_is_read_from_a_folder_laid_out_like_the_hub(tmp_path, caplog):
     broken = {"chosen": HH["chosen"], "rejected": "\n\nHuman: Other?\n\nAssistant: No."}
     write_jsonl(tmp_path / "hh" / "helpful-base" / "train.jsonl", [HH, broken])
     write_jsonl(tmp_path / "hh" / "helpful-base" / "test.jsonl", [HH] * 3)
-    args = ScriptArguments(dataset_name=str(tmp_path / "hh"), dataset_config="helpful-base")
+    args = PairArguments(dataset_name=str(tmp_path / "hh"), dataset_config="helpful-base")
     assert load_pairs(args, chat=True).to_list() == [as_pair(HH, chat=True)]
     assert "1 of 2 rows" in caplog.text
     assert len(load_pairs(args, chat=False, held_out=True)) == 3
@@ -83,9 +83,9 @@ def test_hh_is_read_from_a_folder_laid_out_like_the_hub(tmp_path, caplog):
 def test_short_names_ask_for_the_right_data_set(monkeypatch):
     asked = []
     monkeypatch.setattr("data.load_dataset", lambda *names, **options: asked.append((*names, options)) or [HH])
-    load_pairs(ScriptArguments(dataset_name="hh_helpful_base", dataset_train_split="train[:5000]"), chat=False)
-    load_pairs(ScriptArguments(dataset_name="ultrafeedback"), chat=True, held_out=True)
-    load_pairs(ScriptArguments(dataset_name="some/pairs", dataset_config="large"), chat=True)
+    load_pairs(PairArguments(dataset_name="hh_helpful_base", dataset_train_split="train[:5000]"), chat=False)
+    load_pairs(PairArguments(dataset_name="ultrafeedback"), chat=True, held_out=True)
+    load_pairs(PairArguments(dataset_name="some/pairs", dataset_config="large"), chat=True)
     assert asked == [
         ({"path": "Anthropic/hh-rlhf", "data_dir": "helpful-base", "name": None, "split": "train[:5000]"},),
         ({"path": "trl-lib/ultrafeedback_binarized", "name": None, "split": "test"},),
@@ -132,7 +132,7 @@ def test_answers_of_several_messages_are_no_pair():
 
 
 def test_the_built_in_pairs_need_no_network():
-    args = ScriptArguments(dataset_name="polite_pairs")
+    args = PairArguments(dataset_name="polite_pairs")
     train, test = load_pairs(args, chat=True), load_pairs(args, chat=True, held_out=True)
     assert len(train) == 112
     assert {"prompt", "chosen", "rejected", "chosen_semantic", "human_random"} <= set(train.column_names)
@@ -143,10 +143,10 @@ def test_the_built_in_pairs_need_no_network():
 def test_a_file_is_the_split_train_and_no_other(tmp_path):
     row = {"prompt": "Two and two is", "chosen": " four.", "rejected": " five."}
     path = write_jsonl(tmp_path / "pairs.jsonl", [row] * 4)
-    assert len(load_pairs(ScriptArguments(dataset_name=path), chat=False)) == 4
-    assert len(load_pairs(ScriptArguments(dataset_name=path, dataset_train_split="train[:2]"), chat=False)) == 2
+    assert len(load_pairs(PairArguments(dataset_name=path), chat=False)) == 4
+    assert len(load_pairs(PairArguments(dataset_name=path, dataset_train_split="train[:2]"), chat=False)) == 2
     with pytest.raises(ValueError, match="one file"):
-        load_pairs(ScriptArguments(dataset_name=path), chat=False, held_out=True)
+        load_pairs(PairArguments(dataset_name=path), chat=False, held_out=True)
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
@@ -156,7 +156,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         load_rows(ScriptArguments(dataset_name="x/y", dataset_streaming=True), "train")
     path = write_jsonl(tmp_path / "texts.jsonl", [{"text": "no pair"}])
     with pytest.raises(ValueError, match=r"no row is a preference pair; columns seen: \['text'\].*rename columns"):
-        load_pairs(ScriptArguments(dataset_name=path), chat=True)
+        load_pairs(PairArguments(dataset_name=path), chat=True)
     with pytest.raises(FileNotFoundError, match=r"no file missing\.jsonl"):
         load_rows(ScriptArguments(dataset_name="missing.jsonl"), "train")
     (tmp_path / "pairs.txt").write_text("a\n")
@@ -173,11 +173,29 @@ def test_a_broken_line_of_a_file_is_named(tmp_path):
 
 def test_plain_text_for_a_model_with_a_chat_template_is_mentioned(tmp_path, caplog):
     row = {"prompt": "Two and two is", "chosen": " four.", "rejected": " five."}
-    args = ScriptArguments(dataset_name=write_jsonl(tmp_path / "pairs.jsonl", [row]))
+    args = PairArguments(dataset_name=write_jsonl(tmp_path / "pairs.jsonl", [row]))
     load_pairs(args, chat=False)
     assert "chat template" not in caplog.text
     load_pairs(args, chat=True)
-    assert "trained on as they stand" in caplog.text
+    assert "trained on as they stand, without it. Add --as_chat" in caplog.text
+
+
+def test_plain_text_becomes_chat_messages_where_that_is_asked_for(tmp_path, caplog):
+    row = {"prompt": "Two and two is ", "chosen": " four.", "rejected": " five.", "chosen_semantic": " 4."}
+    args = PairArguments(dataset_name=write_jsonl(tmp_path / "pairs.jsonl", [row]), as_chat=True)
+    (pair,) = load_pairs(args, chat=True).to_list()
+    assert pair == {
+        "prompt": [{"role": "user", "content": "Two and two is"}],
+        "chosen": says("four."),
+        "rejected": says("five."),
+        "chosen_semantic": " 4.",
+    }
+    assert "as they stand" not in caplog.text
+    assert as_pair(HH, chat=True, as_chat=True) == as_pair(HH, chat=True)
+    both_inside = {"chosen": "Two and two is 4.", "rejected": "Two and two is 5."}
+    assert as_pair(both_inside, chat=True, as_chat=True)["chosen"] == says("4.")
+    with pytest.raises(ValueError, match="as_chat is True, and the model has no chat template"):
+        load_pairs(args, chat=False)
 
 
 def test_extend_holds_both_responses_once_each():
@@ -253,3 +271,15 @@ def test_hub_ids_and_folders_that_are_there_pass(name, tmp_path, monkeypatch):
     (tmp_path / "saved").mkdir()
     monkeypatch.chdir(tmp_path)
     check_model_folder(name)
+
+
+def test_what_a_check_refuses_ends_a_recipe_in_one_line_and_all_else_is_raised(monkeypatch):
+    with pytest.raises(SystemExit, match=r"error: model_name_or_path: there is no folder \./missing"):
+        run(lambda: check_model_folder("./missing"))
+    with pytest.raises(SystemExit, match="error: watch_every is -1"):
+        run(lambda: WatchConfig(watch_every=-1))
+    with pytest.raises(ValueError, match="invalid literal"):
+        run(lambda: int("three"))
+    monkeypatch.setenv("LLM_DYNAMICS_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="watch_every is -1"):
+        run(lambda: WatchConfig(watch_every=-1))

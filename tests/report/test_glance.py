@@ -80,7 +80,10 @@ def test_momentum_is_put_in_words_where_it_is_named():
 
 
 def test_where_no_step_was_explained_it_says_how(page):
-    assert "why No step was explained: watch(..., influence=True) does it." in glance_at(page, "dpo")
+    assert (
+        "why No step was explained: watch(..., influence=True) , or --watch_influence of the recipes, does it."
+        in glance_at(page, "dpo")
+    )
 
 
 @pytest.mark.parametrize("steps", [(0,), ()], ids=["one observation", "none"])

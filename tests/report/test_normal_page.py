@@ -45,9 +45,10 @@ def test_every_verdict_of_every_run_is_told(page, both, run):
     assert {verdict.status for verdict in verdicts} == ({"found", "clear", "unknown"} if run == "sft" else
                                                         {"found", "unknown"})  # fmt: skip
     found = [verdict for verdict in verdicts if verdict.status == "found"]
+    answered = [verdict for verdict in verdicts if verdict.status != "unknown"]
     assert len(cards) == len(found)
     assert text.startswith(f"> {run}")
-    assert f"{len(found)} of {len(verdicts)} rules found something." in text
+    assert f"{len(found)} of the {len(answered)} rules that this run can answer found something." in text
     for card, verdict in zip(cards, found, strict=True):
         said = [f"found {verdict.name} {verdict.question}", f"seen {verdict.evidence}", f"limit {verdict.threshold}"]
         for part in [*said, f"remedy {verdict.remedy}"]:
@@ -112,7 +113,7 @@ def test_a_minus_is_a_minus_and_a_name_keeps_its_hyphen(tmp_path):
 def test_nothing_found_is_said(tmp_path):
     run = write_run(tmp_path / "run", "Trainer", {"chosen": 3.0, "rejected": 4.0}, steps=(0, 5), n_prompts=10)
     text = write_report(run, tmp_path / "report.html").read_text("utf-8")
-    assert "None of 7 rules found something." in section(text)
+    assert "None of the 3 rules that this run can answer found something." in section(text)
     assert '<div class="verdict">' not in section(text)
 
 
