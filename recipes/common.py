@@ -16,6 +16,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 
 import llm_dynamics
 from llm_dynamics.callbacks.probe import watcher_of
+from llm_dynamics.runlog import schema
 
 FOLDERS = ("models", "runs")
 
@@ -112,7 +113,8 @@ def train_and_save(trainer: Trainer, script_args: ScriptArguments, training_args
     watcher = watcher_of(trainer)
     if watcher is not None:
         log = watcher.log_folder
-        trainer.accelerator.print(f"What moved is in {log}; for one page: llm-dynamics report {log} -o report.html")
+        run = log.parent if log == Path(training_args.output_dir) / schema.FOLDER else log
+        trainer.accelerator.print(f"What moved is in {log}; for one page: llm-dynamics report {run} -o report.html")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

@@ -45,7 +45,8 @@ def blocks(text, kind):
 @pytest.mark.filterwarnings("ignore")  # the example takes TRL's defaults, some of which warn on a CPU
 def test_the_examples_of_the_readme_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     save_tiny_model(tmp_path / "my-model")
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PREFERENCES))
+    rows = [row | {"prompt": f"{number}. {row['prompt']}"} for number in range(4) for row in PREFERENCES]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     examples = blocks(README, "python test")

@@ -108,9 +108,9 @@ EXPLAIN = "watch(..., influence=True), or --watch_influence of the recipes"
 """How steps are explained."""
 
 _EXTEND = (
-    "SFT on both responses before the preference training [LD 4.3]: python recipes/extend_sft.py --config "
-    "recipes/configs/<model>_extend.yaml --dataset_name <your pairs>, then preference training from the model that it "
-    "saves (--model_name_or_path)"
+    "SFT on both responses before the preference training [LD 4.3]: recipes/extend_sft.py with the "
+    "config of your model and this run's data flags (--dataset_name, --as_chat), then this run again from the model "
+    "that it saves (--model_name_or_path)"
 )
 
 
@@ -161,8 +161,8 @@ _RULES: tuple[
         f"rejected below {THRESHOLDS['valley_p']:g} per token (geometric mean) at the first observation, while the "
         f"model is surer of other tokens there (tau0 = collision probability - p(label) above "
         f"{THRESHOLDS['valley_tau0']:g} on average)",
-        f"Pushing down what is unlikely squeezes most [LD, Prop. 2]: {_EXTEND}; or sample rejected from the model "
-        "itself.",
+        f"Pushing down what is unlikely squeezes most [LD, Prop. 2]: sample rejected from the model itself; or "
+        f"{_EXTEND}.",
     ),
     (
         "hallucination transfer",
