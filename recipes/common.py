@@ -104,8 +104,23 @@ def check_model_folder(name: str | None) -> None:
         )
 
 
+def check_checkpoint(name: str | None) -> None:
+    """Refuse a checkpoint that is not there, naming those that are.
+
+    Raises:
+        FileNotFoundError: If `name` is a path, and there is no such folder.
+    """
+    if name is None or name.lower() in ("true", "false") or Path(name).is_dir():
+        return
+    there = sorted(str(folder) for folder in Path(name).parent.glob("checkpoint-*"))
+    raise FileNotFoundError(
+        f"resume_from_checkpoint: there is no folder {name}; there are: {', '.join(there) or 'none'}"
+    )
+
+
 def train_and_save(trainer: Trainer, script_args: ScriptArguments, training_args: Any) -> None:
     """Train, from `resume_from_checkpoint` where it is given, and save the model and its card to `output_dir`."""
+    check_checkpoint(training_args.resume_from_checkpoint)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.create_model_card()

@@ -115,8 +115,8 @@ def load_rows(args: ScriptArguments, split: str) -> Dataset:
     """Load a split of what `dataset_name` names, as it is.
 
     Raises:
-        ValueError: For no name, streaming, a file of another kind, a line of a .jsonl that is no JSON object, or
-            another split than train of a single file.
+        ValueError: For no name, streaming, a file that is empty or of another kind, a line of a .jsonl that is no JSON
+            object, or another split than train of a single file.
         FileNotFoundError: If the name is that of a file, and there is none.
         DatasetGenerationError: If `datasets` cannot make a table of the file.
     """
@@ -133,6 +133,8 @@ def load_rows(args: ScriptArguments, split: str) -> Dataset:
             raise ValueError(f"{name} is one file, which is the split train; for {split!r} give a folder with both")
         if path.suffix not in FILE_TYPES:
             raise ValueError(f"{name} ends in {path.suffix!r}; allowed: {', '.join(FILE_TYPES)}")
+        if not path.stat().st_size:
+            raise ValueError(f"{name} is empty; give a line per pair")
         try:
             return load_dataset(FILE_TYPES[path.suffix], data_files={"train": str(path)}, split=split)
         except DatasetGenerationError:

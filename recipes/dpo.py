@@ -9,9 +9,9 @@ The same on two CPU processes, on several GPUs, and there with the weights shard
     accelerate launch --config_file recipes/accelerate_configs/ddp_cpu.yaml \
         recipes/dpo.py --config recipes/configs/smollm2_135m_dpo.yaml --per_device_train_batch_size 2
     accelerate launch --config_file recipes/accelerate_configs/ddp.yaml --num_processes 8 \
-        recipes/dpo.py --config recipes/configs/qwen2.5_0.5b_dpo.yaml
+        recipes/dpo.py --config recipes/configs/qwen2.5_0.5b_dpo.yaml --gradient_accumulation_steps 1
     accelerate launch --config_file recipes/accelerate_configs/fsdp2.yaml --num_processes 8 \
-        recipes/dpo.py --config recipes/configs/qwen2.5_0.5b_dpo.yaml
+        recipes/dpo.py --config recipes/configs/qwen2.5_0.5b_dpo.yaml --gradient_accumulation_steps 1
 
 Resume an interrupted run, its log included:
 
@@ -20,7 +20,7 @@ Resume an interrupted run, its log included:
 
 Flags are TRL's (`DPOConfig`, `ModelConfig`, `ScriptArguments`) and `--watch_*`; those on the command line win over the
 YAML. `--loss_type sigmoid sft` (RPO), `ipo`, `apo_zero`... and `--ld_alpha` are TRL's remedies; `--watch_influence`
-explains why chosen responses fall; `--report_to trackio` opens a dashboard.
+explains why chosen responses fall; `trackio show` opens the dashboard.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ On a CPU, in minutes (once: make models/SmolLM2-135M-Instruct), then the DPO tha
 On several GPUs:
 
     accelerate launch --config_file recipes/accelerate_configs/ddp.yaml --num_processes 8 \
-        recipes/extend_sft.py --config recipes/configs/qwen2.5_0.5b_extend.yaml
+        recipes/extend_sft.py --config recipes/configs/qwen2.5_0.5b_extend.yaml \
+        --per_device_train_batch_size 4 --gradient_accumulation_steps 1
 
 Resume an interrupted run, its log included:
 

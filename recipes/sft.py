@@ -7,7 +7,8 @@ On a CPU, in minutes (once: make models/SmolLM2-135M-Instruct):
 On several GPUs:
 
     accelerate launch --config_file recipes/accelerate_configs/ddp.yaml --num_processes 8 \
-        recipes/sft.py --config recipes/configs/qwen2.5_0.5b_sft.yaml
+        recipes/sft.py --config recipes/configs/qwen2.5_0.5b_sft.yaml \
+        --per_device_train_batch_size 4 --gradient_accumulation_steps 1
 
 Resume an interrupted run, its log included (a checkpoint is written every `save_steps`):
 
@@ -15,7 +16,7 @@ Resume an interrupted run, its log included (a checkpoint is written every `save
         --resume_from_checkpoint runs/smollm2_135m/sft/checkpoint-12
 
 Flags are TRL's (`SFTConfig`, `ModelConfig`, `ScriptArguments`) and `--watch_*`; those on the command line win over the
-YAML. `--help` lists all, `--watch_every 0` turns watching off, `--report_to trackio` opens a dashboard.
+YAML. `--help` lists all, `--watch_every 0` turns watching off, `trackio show` opens the dashboard.
 """
 
 from __future__ import annotations

@@ -257,6 +257,22 @@ def test_held_out_rows_that_are_trained_on_are_refused(run, pairs, tmp_path):
     refused(run("probes", "build", pairs, tmp_path / "p.parquet", "--held-out", pairs))
 
 
+def test_a_family_without_texts_is_null_in_json(run, tmp_path):
+    rows = [{"prompt": f"Number {n}?", "chosen": "Yes.", "rejected": " "} for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out, _ = run("probes", "build", tmp_path / "rows.jsonl", tmp_path / "p.parquet", "--json")
+    assert status == 0
+    assert json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert "null" in out
+
+
+def test_files_that_are_no_text_and_folders_are_named(run, pairs, tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "né"}'.encode("latin-1"))
+    assert "latin.jsonl is not UTF-8 text" in refused(run("probes", "build", tmp_path / "latin.jsonl", tmp_path / "p"))
+    (tmp_path / "folder").mkdir()
+    assert "folder is a folder; give the file to write" in refused(run("probes", "build", pairs, tmp_path / "folder"))
+
+
 def test_a_file_that_is_no_probe_set_is_named(run, pairs):
     assert "pairs.jsonl is not a readable Parquet file" in refused(run("probes", "show", pairs))
 
@@ -346,6 +362,11 @@ def test_compare_says_where_there_is_nothing_to_compare_yet(run, two_runs, tmp_p
     assert status == 0
     assert json.loads(out)
     assert "warning: killed has one observation, of step 0" in err
+
+
+def test_compare_names_a_run_without_any_observation(run, two_runs, tmp_path):
+    new_log(tmp_path / "begun" / "dynamics")
+    assert "begun has no observation yet" in refused(run("compare", two_runs[0], tmp_path / "begun"))
 
 
 def test_compare_of_runs_without_shared_probes_shows_changes_alone(run, tmp_path):

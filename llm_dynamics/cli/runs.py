@@ -15,6 +15,8 @@ from llm_dynamics.cli.show import console, errors, print_json
 if TYPE_CHECKING:
     import pandas as pd
 
+    from llm_dynamics.runlog import RunLogs
+
 
 def report(
     runs: Annotated[list[str], typer.Argument(help="Run folders (a trainer's output_dir), or `name=folder`.")],
@@ -49,12 +51,7 @@ def compare(
 
     _only_one(as_json, as_csv)
     logs = load_runs(_named_runs(runs))
-    for name, log in logs.runs.items():
-        if len(log.observed_steps) == 1:
-            note = (
-                f"{name} has one observation, of step {log.observed_steps[0]}: its changes are 0 for want of a second"
-            )
-            errors.print(Text.assemble(("warning: ", "yellow"), note), soft_wrap=True)
+    _check_observed(logs)
     compared = frames.compare(logs, per_token=per_token)
     if as_json:
         print_json(compared)
@@ -63,6 +60,21 @@ def compare(
     else:
         for table in _compared_tables(compared, per_token):
             console.print(table)
+
+
+def _check_observed(logs: RunLogs) -> None:
+    """Refuse a log that has no observation, and say which have only one.
+
+    Raises:
+        ValueError: For the first without any.
+    """
+    for name, log in logs.runs.items():
+        steps = log.observed_steps
+        if not steps:
+            raise ValueError(f"{name} has no observation yet: {log.path}")
+        if len(steps) == 1:
+            note = f"{name} has one observation, of step {steps[0]}: its changes are 0 for want of a second"
+            errors.print(Text.assemble(("warning: ", "yellow"), note), soft_wrap=True)
 
 
 def _only_one(as_json: bool, as_csv: bool) -> None:

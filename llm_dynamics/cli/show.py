@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,15 @@ def print_json(value: Any) -> None:
     if isinstance(value, pd.DataFrame):
         print(value.to_json(orient="records", double_precision=10, force_ascii=False))
     else:
-        print(json.dumps(value, ensure_ascii=False))
+        print(json.dumps(_without_nan(value), ensure_ascii=False))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def moved_table(title: str, moved: pd.DataFrame) -> Table:

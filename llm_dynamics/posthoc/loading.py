@@ -22,7 +22,7 @@ def load_checkpoint(name: str, *, dtype: str = "float32", device: str | None = N
         The model.
 
     Raises:
-        ValueError: For an unknown dtype, or where there is no such checkpoint.
+        ValueError: For an unknown dtype, a device that is not there, or where there is no such checkpoint.
     """
     from transformers import AutoModelForCausalLM
 
@@ -32,7 +32,10 @@ def load_checkpoint(name: str, *, dtype: str = "float32", device: str | None = N
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype])
     except (OSError, ValueError) as error:
         raise ValueError(f"no model at {name!r} (a folder, or a model id on the hub): {error}") from error
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    try:
+        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+        raise ValueError(f"device is {device!r}: {error}") from error
 
 
 def load_tokenizer(name: str) -> Any:

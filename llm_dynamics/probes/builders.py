@@ -160,8 +160,8 @@ def _held_out_pool(source: Source, family: str) -> PartnerPool:
     """
     if not source.held_out:
         raise ValueError(
-            f"{family} needs a split that is not trained on: pass its rows as `held_out=...` (its prompts must not "
-            "occur in the training rows), or leave the family out."
+            f"{family} needs a split that is not trained on: pass its rows as `held_out=...` (recipes: that of "
+            "`--eval_strategy steps`; its prompts must not occur in the training rows), or leave the family out."
         )
     trained = {prompt_as_text(prompt).strip() for prompt, _ in source.training}
     trained |= {prompt_as_text(row.prompt).strip() for row in source.rows}

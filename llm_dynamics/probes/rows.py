@@ -83,20 +83,23 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Return the objects of a JSON Lines file; blank lines are skipped.
 
     Raises:
-        ValueError: If a line is no JSON object, naming file and line.
+        ValueError: If a line is no JSON object, naming file and line, or the file is not UTF-8 text.
     """
     records = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number}: a JSON {type(record).__name__}; each line must be an object.")
-            records.append(record)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text, so no JSON Lines file: {error}") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: a JSON {type(record).__name__}; each line must be an object.")
+        records.append(record)
     return records
 
 

@@ -48,10 +48,16 @@ def probe_record(probe: Probe) -> dict[str, Any]:
 def write_probes(
     path: Path, probes: Sequence[Probe], dropped: Sequence[DroppedProbe], metadata: Mapping[str, Any]
 ) -> None:
-    """Write the file under a temporary name, then rename it: a reader never sees half of it."""
+    """Write the file under a temporary name, then rename it: a reader never sees half of it.
+
+    Raises:
+        ValueError: If there is a folder of that name.
+    """
     header = {"version": FORMAT_VERSION, "metadata": dict(metadata), "dropped": [asdict(item) for item in dropped]}
     schema = SCHEMA.with_metadata({FORMAT_KEY: json.dumps(header).encode()})
     table = pa.Table.from_pylist([probe_record(probe) for probe in probes], schema=schema)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the file to write, such as {path / 'probes.parquet'}")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -122,6 +122,18 @@ def named(run, table):
     return frame.drop(columns="example")
 
 
+def test_two_processes_observe_at_every_step_what_one_does(accounts):
+    two, one = accounts
+    assert two.observed_steps == one.observed_steps
+    assert len(one.observed_steps) >= 2
+    for table in ("sequences", "tokens"):
+        ours, theirs = getattr(two, table), getattr(one, table)
+        values = [column for column in theirs if pd.api.types.is_float_dtype(theirs[column])]
+        keys = [column for column in theirs if column not in values]
+        pd.testing.assert_frame_equal(ours[keys], theirs[keys])
+        np.testing.assert_allclose(ours[values], theirs[values], rtol=1e-5, atol=1e-5, err_msg=table)
+
+
 def test_two_processes_account_for_the_global_step_as_one(accounts):
     two, one = accounts
     assert two.explained_steps == one.explained_steps == [1, 2]

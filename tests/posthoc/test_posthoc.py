@@ -87,6 +87,8 @@ def test_what_does_not_load_is_named(model_folder, tmp_path):
         score_checkpoints(["nowhere"], make_probes(1), tmp_path, tokenizer=str(model_folder))
     with pytest.raises(ValueError, match="no tokenizer at 'nowhere'"):
         score_checkpoints(["nowhere"], make_probes(1), tmp_path)
+    with pytest.raises(ValueError, match="device is 'banana': "):
+        score_checkpoints([str(model_folder)], make_probes(1), tmp_path, device="banana")
     with pytest.raises(ValueError, match="dtype is 'int8'; allowed: float32"):
         score_checkpoints([str(model_folder)], make_probes(1), tmp_path, dtype="int8")
 

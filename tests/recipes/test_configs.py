@@ -70,7 +70,7 @@ def test_a_file_trains_the_model_of_its_name_and_writes_beside_it(path):
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     model, task = path.stem.rsplit("_", 1)
     assert given["output_dir"] == f"runs/{model}/{task}"
-    assert given["report_to"] == "none"
+    assert given["report_to"] == "trackio"
     if given["model_name_or_path"].startswith("runs/"):
         assert given["model_name_or_path"] == f"runs/{model}/sft"
     else:

@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 import tasks
-from common import check_model_folder, run
+from common import check_checkpoint, check_model_folder, run
 from data import PairArguments, as_pair, load_pairs, load_rows, read_transcript, split_transcripts, write_transcript
 from extend_sft import extend
 from tasks import TaskArguments, load_task
@@ -169,6 +169,17 @@ def test_a_broken_line_of_a_file_is_named(tmp_path):
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n{"prompt": "a", "cho')
     with pytest.raises(ValueError, match=r"cut\.jsonl, line 3: not valid JSON"):
         load_rows(ScriptArguments(dataset_name=str(path)), "train")
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"cut\.jsonl is empty"):
+        load_rows(ScriptArguments(dataset_name=str(path)), "train")
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+    (tmp_path / "checkpoint-24").mkdir()
+    for given in (None, "true", str(tmp_path / "checkpoint-24")):
+        check_checkpoint(given)
+    with pytest.raises(FileNotFoundError, match=r"no folder .*checkpoint-12; there are: .*checkpoint-24$"):
+        check_checkpoint(str(tmp_path / "checkpoint-12"))
 
 
 def test_plain_text_for_a_model_with_a_chat_template_is_mentioned(tmp_path, caplog):
