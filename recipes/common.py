@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 from trl import ModelConfig, ScriptArguments, TrlParser
 
@@ -121,6 +122,10 @@ def check_checkpoint(name: str | None) -> None:
 def train_and_save(trainer: Trainer, script_args: ScriptArguments, training_args: Any) -> None:
     """Train, from `resume_from_checkpoint` where it is given, and save the model and its card to `output_dir`."""
     check_checkpoint(training_args.resume_from_checkpoint)
+    if script_args.ignore_bias_buffers:  # as TRL's own scripts do it
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
+        ]
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.create_model_card()

@@ -9,6 +9,8 @@ r"""Data of the recipes: preference pairs and questions, by a short name, a hub 
 | a hub id, or a folder laid out like one | `--dataset_config` names the configuration (of a folder: the subfolder) |
 | a .jsonl, .json, .parquet or .csv file | its rows are the split `train` |
 
+A `datasets:` section in the YAML mixes several, as in TRL's own scripts; its `test_split_size` holds rows out.
+
 Pairs may be plain or conversational, with a prompt column or the prompt inside both responses. Models without a chat
 template get conversations as plain text in the form of HH's transcripts ("\n\nHuman: ... \n\nAssistant:"); models with
 one get transcripts as chat messages, and with `--as_chat` any plain text.
@@ -19,14 +21,14 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer
-from trl import ModelConfig, ScriptArguments, extract_prompt
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, extract_prompt, get_dataset
 
 from llm_dynamics.demo.preferences import load_preferences
 from llm_dynamics.probes.rows import read_jsonl
@@ -45,8 +47,8 @@ ROLES = {"user": HUMAN, "assistant": ASSISTANT}
 
 
 @dataclass
-class PairArguments(ScriptArguments):
-    """TRL's script arguments, and how pairs are read.
+class PairArguments(ScriptArguments, DatasetMixtureConfig):
+    """TRL's script arguments, its mixture of data sets, and how pairs are read.
 
     Attributes:
         as_chat: Make plain prompts and responses chat messages, so that the model's chat template is applied.
@@ -77,7 +79,7 @@ def load_pairs(args: PairArguments, *, chat: bool, held_out: bool = False) -> Da
     """Load preference pairs in TRL's explicit form.
 
     Args:
-        args: `dataset_name`, `dataset_config`, the splits and `as_chat` are used.
+        args: `dataset_name`, `dataset_config`, `datasets`, the splits and `as_chat` are used.
         chat: Whether the model reads chat messages, see `uses_chat`.
         held_out: Load the test split.
 
@@ -93,13 +95,17 @@ def load_pairs(args: PairArguments, *, chat: bool, held_out: bool = False) -> Da
             "as_chat is True, and the model has no chat template; leave it out (SFT: --chat_template_path)"
         )
     split = args.dataset_test_split if held_out else args.dataset_train_split
-    rows = load_preferences(split) if args.dataset_name == "polite_pairs" else load_rows(args, split)
+    name = "datasets" if args.datasets else args.dataset_name
+    if args.datasets:
+        rows = load_mixture(args, split)
+    else:
+        rows = load_preferences(split) if name == "polite_pairs" else load_rows(args, split)
     pairs = [pair for row in rows if (pair := as_pair(row, chat=chat, as_chat=args.as_chat)) is not None]
     if len(pairs) < len(rows):
         logger.warning("%d of %d rows are not one prompt with two answers; left out", len(rows) - len(pairs), len(rows))
     if not pairs:
         raise ValueError(
-            f"{args.dataset_name}: no row is a preference pair; columns seen: {list(rows[0])}. Rows need prompt, "
+            f"{name}: no row is a preference pair; columns seen: {list(rows[0])}. Rows need prompt, "
             "chosen and rejected (texts, or chat messages), or chosen and rejected that begin with the prompt: rename "
             "columns"
         )
@@ -109,6 +115,24 @@ def load_pairs(args: PairArguments, *, chat: bool, held_out: bool = False) -> Da
             "it. Add --as_chat to make them chat messages"
         )
     return Dataset.from_list(pairs)
+
+
+def load_mixture(args: DatasetMixtureConfig, split: str) -> Dataset:
+    """Load a split of a mixture: `train`, and `test` where `test_split_size` holds rows out, by a fixed seed.
+
+    Raises:
+        ValueError: For streaming, or another split.
+    """
+    if args.streaming:
+        raise ValueError("streaming is True; probes are drawn from all rows, so load them")
+    splits = get_dataset(replace(args, test_split_size=None))
+    if args.test_split_size is not None:  # TRL's own split has no seed: a resumed run would train on other rows
+        splits = splits["train"].train_test_split(test_size=args.test_split_size, seed=0)
+    if split not in splits:
+        raise ValueError(
+            f"datasets has the splits {', '.join(splits)}, not {split!r}; set test_split_size to hold rows out"
+        )
+    return splits[split]
 
 
 def load_rows(args: ScriptArguments, split: str) -> Dataset:

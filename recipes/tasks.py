@@ -55,8 +55,13 @@ def load_task(args: TaskArguments, seed: int) -> Task:
 
     Raises:
         ModuleNotFoundError: If a package that the task needs is not installed; the message has the command.
-        ValueError: If there is no such task.
+        ValueError: If there is no such task, or it takes no data set and one is named.
     """
+    if args.dataset_name and args.task != "math":
+        raise ValueError(
+            f"dataset_name is {args.dataset_name!r}, and the task {args.task} makes its own questions; --task math "
+            "reads a data set with problem and solution"
+        )
     if args.task == "products":
         rows = product_questions(seed)
         return Task(Dataset.from_list(rows), [product_reward], product_pairs(rows))

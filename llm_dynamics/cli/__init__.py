@@ -20,7 +20,8 @@ app = typer.Typer(
     "score checkpoints, write reports, and show it all on a real small model.\n\n"
     "Example: `llm-dynamics demo --quick`",
     epilog="Exit status: 0 done; 1 an error, which is one line on stderr (LLM_DYNAMICS_TRACEBACK=1 in the environment "
-    "shows where it came from); 2 an option that does not exist. `--json` prints for other programs.",
+    "shows where it came from); 2 an option that does not exist; 3 a verdict that `judge --fail-on` was to find. "
+    "`--json` prints for other programs.",
 )
 app.add_typer(probes.app, name="probes")
 for command in (models.score, models.explain, runs.report, runs.compare, judge.judge, demo.demo):

@@ -67,7 +67,7 @@ def explain(
     tokens: Annotated[
         bool, typer.Option("--tokens", help="One row per token pair rather than per response pair.")
     ] = False,
-    top: Annotated[int, typer.Option(help="How many pairs to print.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="How many pairs to print.")] = 10,
     tokenizer: TokenizerName = None,
     dtype: Dtype = "float32",
     device: Device = None,

@@ -108,7 +108,7 @@ def build_probes(
 @app.command("show")
 def show_probes(
     path: Annotated[Path, typer.Argument(help="Probe set written by `probes build` or `ProbeSet.save`.")],
-    prompts: Annotated[int, typer.Option(help="How many prompts to print with all their responses.")] = 1,
+    prompts: Annotated[int, typer.Option(min=0, help="How many prompts to print with all their responses.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print all probes as JSON, and nothing else.")] = False,
 ) -> None:
     """Show what a probe set holds: families, counts, drops, and a few prompts with their responses.

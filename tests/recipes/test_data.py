@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import dpo
 import pytest
 import tasks
 from common import check_checkpoint, check_model_folder, run
@@ -149,6 +150,26 @@ def test_a_file_is_the_split_train_and_no_other(tmp_path):
         load_pairs(PairArguments(dataset_name=path), chat=False, held_out=True)
 
 
+def test_a_mixture_is_loaded_and_split_the_same_way_each_time(tmp_path):
+    files = {}
+    for name in ("a", "b"):
+        rows = [{"prompt": f"{name}{n}", "chosen": "yes", "rejected": "no"} for n in range(5)]
+        files[name] = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    parts = "".join(f"  - {{path: json, data_files: {path}, split: train}}\n" for path in files.values())
+    (tmp_path / "mix.yaml").write_text(
+        f"output_dir: x\nbf16: false\nuse_cpu: true\ntest_split_size: 0.3\ndatasets:\n{parts}"
+    )
+    args, *_ = dpo.make_parser().parse_args_and_config(["--config", str(tmp_path / "mix.yaml")])
+    train, test = load_pairs(args, chat=False)["prompt"], load_pairs(args, chat=False, held_out=True)["prompt"]
+    assert (len(train), len(test)) == (7, 3)
+    assert sorted([*train, *test]) == sorted(f"{name}{n}" for name in "ab" for n in range(5))
+    assert load_pairs(args, chat=False)["prompt"][:] == train[:]
+    args.test_split_size = None
+    assert len(load_pairs(args, chat=False)) == 10
+    with pytest.raises(ValueError, match="has the splits train, not 'test'; set test_split_size"):
+        load_pairs(args, chat=False, held_out=True)
+
+
 def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(ValueError, match="polite_pairs"):
         load_rows(ScriptArguments(), "train")
@@ -239,6 +260,12 @@ def test_math_asks_for_a_boxed_answer_and_watches_the_solution(tmp_path, monkeyp
     assert "\\boxed{}" in task.questions[0]["prompt"][0]["content"]
     assert task.answers == [{"prompt": task.questions[0]["prompt"], "completion": row["solution"]}]
     assert [reward.__name__ for reward in task.rewards] == ["accuracy_reward"]
+
+
+@pytest.mark.parametrize("task", ["products", "leg_counting"])
+def test_a_data_set_that_a_task_does_not_read_is_refused(task):
+    with pytest.raises(ValueError, match=f"dataset_name is 'foo/bar', and the task {task} makes its own questions"):
+        load_task(TaskArguments(task=task, dataset_name="foo/bar"), seed=0)
 
 
 @pytest.mark.parametrize(("task", "package"), [("math", "math-verify"), ("leg_counting", "reasoning-gym")])
