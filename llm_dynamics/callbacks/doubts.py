@@ -21,7 +21,7 @@ def warn_of_finished_training(trainer: Trainer) -> None:
     done = trainer.state.global_step
     if done and trainer.is_world_process_zero():
         logger.warning(
-            "this trainer has already trained %d steps, and nothing was watching: watch() belongs before train(). "
+            "this trainer has already trained %d steps, which are not observed: watch() belongs before train(). "
             "What is trained from here on is watched; saved checkpoints can be scored after the fact, with "
             "`llm-dynamics score`",
             done,

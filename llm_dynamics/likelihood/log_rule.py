@@ -56,8 +56,8 @@ def _log_problems(run: RunTables) -> list[tuple[str, str]]:
         )
         problems.append((told, _LOG_REMEDIES["few"]))
     form = run.meta.get("forms") or {}
-    if form.get("rows") and form["prompts"] not in ("both", form["rows"]):
-        told = f"the training rows are {form['rows']}, and the prompts of the probes {form['prompts']}"
+    if form.get("rows") and form.get("prompts") not in ("both", form["rows"]):
+        told = f"the training rows are {form['rows']}, and the prompts of the probes {form.get('prompts')}"
         problems.append((told, _LOG_REMEDIES["form"]))
     steps = sequences["step"].nunique()
     if steps < 2:
