@@ -23,7 +23,7 @@ def normal_view(name: str, run: RunLog) -> dict[str, Any]:
 
     Returns:
         `name`, `trainer`; `found`, `clear` and `unknown`, each a list of `likelihood.verdicts.Verdict` as dicts, with
-        `unsure`, whose texts are safe to show; `n_rules`.
+        `unsure`, whose texts are safe to show.
     """
     verdicts = [
         asdict(verdict) | {"evidence": _MINUS.sub("−", visible(verdict.evidence)), "unsure": verdict.unsure}
@@ -33,4 +33,4 @@ def normal_view(name: str, run: RunLog) -> dict[str, Any]:
         status: [verdict for verdict in verdicts if verdict["status"] == status]
         for status in ("found", "clear", "unknown")
     }
-    return {"name": name, "trainer": str(run.meta.get("trainer") or ""), "n_rules": len(verdicts), **by_status}
+    return {"name": name, "trainer": str(run.meta.get("trainer") or ""), **by_status}
