@@ -64,8 +64,9 @@ def make_probes(n_prompts=4, families=FAMILIES):
 
 
 def many_letters(completions, **_):
-    """Reward: distinct characters of a completion."""
-    return [float(len(set(completion))) for completion in completions]
+    """Reward: distinct characters of a completion, a text or the last of its messages."""
+    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
+    return [float(len(set(text))) for text in texts]
 
 
 def dataset_for(kind, tokenizer):
@@ -88,11 +89,13 @@ def dataset_for(kind, tokenizer):
     return Dataset.from_list([{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]])
 
 
-def build_trainer(kind, model_folder, output_dir, *, lora=False, dropout=0.0, callbacks=(), rows=None, **arguments):
+def build_trainer(
+    kind, model_folder, output_dir, *, lora=False, dropout=0.0, callbacks=(), rows=None, evaluates=False, **arguments
+):
     """Build a trainer of `kind` on the model of `model_folder`; a run of it depends on nothing but its arguments.
 
     `dropout` is the adapter's; attention dropout is a setting of the saved model. `rows` stand for those of
-    `dataset_for`.
+    `dataset_for`; where `evaluates`, they are evaluated on too.
     """
     transformers.set_seed(0)
     trainer_class, config_class = KINDS[kind]
@@ -122,10 +125,12 @@ def build_trainer(kind, model_folder, output_dir, *, lora=False, dropout=0.0, ca
         options["peft_config"] = LoraConfig(
             r=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
         )
+    data = dataset_for(kind, tokenizer) if rows is None else rows
     return trainer_class(
         model=AutoModelForCausalLM.from_pretrained(model_folder),
         args=config_class(**settings | arguments),
-        train_dataset=dataset_for(kind, tokenizer) if rows is None else rows,
+        train_dataset=data,
+        eval_dataset=data if evaluates else None,
         processing_class=tokenizer,
         callbacks=list(callbacks),
         **options,
