@@ -154,6 +154,24 @@ def recording_clip(trainer: Trainer) -> Iterator[list[float]]:
         yield recorded
 
 
+@contextmanager
+def outside_autocast(model: nn.Module) -> Iterator[None]:
+    """Call the model's own forward, without the autocast that accelerate wraps around it, while the context is open.
+
+    `Accelerator.prepare` puts a forward in its place that turns autocast on, whatever the caller's setting, and keeps
+    the model's own in `_original_forward`.
+
+    Args:
+        model: The trainer's model.
+
+    Yields:
+        None.
+    """
+    own = vars(model).get("_original_forward")
+    with _in_place_of(model, **({} if own is None else {"forward": own})):
+        yield
+
+
 def noting_checkpoint(trainer: Trainer) -> list[Path]:
     """Note from which checkpoint the trainer's runs go on: no callback is told.
 

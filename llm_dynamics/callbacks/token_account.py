@@ -206,9 +206,8 @@ def restricted(batches: Sequence[MicroBatch], examples: Sequence[int]) -> list[M
                 name: value[rows] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size else value
                 for name, value in batch.inputs.items()
             }
-            alone = MicroBatch(
-                inputs, batch.labels[rows], batch.logps[rows], alone.c[rows], batch.example[rows], batch.shifted, None
-            )
+            by_row = {name: getattr(alone, name)[rows] for name in ("labels", "logps", "c", "example")}
+            alone = replace(alone, inputs=inputs, **by_row)
         kept.append(alone)
     return kept
 

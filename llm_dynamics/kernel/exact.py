@@ -45,6 +45,12 @@ def token_kernel(
     c_l = dL/d log pi(y_l) then moves `log pi(y~_m)` by `- eta sum_l c_l T[m, l] + O(eta^2)`. Nothing is approximated:
     every chosen parameter counts, tied ones in both roles with their cross terms.
 
+    The left factor is the log-prob's derivative, the right one the gradient that autograd gives in training. They
+    differ in the embedding of the padding token (`nn.Embedding.padding_idx`), which the log-probs depend on wherever
+    that token stands in a text (as where it also ends turns), and which autograd leaves out. A head tied to the
+    embeddings does get a gradient for that row and thereby moves the embedding: with such texts and a tied, trained
+    head, `T` of a set with itself is not symmetric. Everywhere else it is.
+
     The model is evaluated without dropout, and left as it was (modes, `requires_grad`, `.grad`, hooks, random state),
     also after an error. Forward and backward run in the weights' own precision, with autocast off; inner products in
     float32 at least. With bfloat16 weights the gradients themselves carry bfloat16 noise (1e-2 relative is common):
@@ -164,16 +170,16 @@ def _fill_block(
 ) -> None:
     kept: dict[Pass, Tape] = {}
     for one in block:
-        kept[one] = ghost.tape(one, plan.materialised_kept)
+        kept[one] = ghost.tape(one, plan.materialised_kept, trained=plan.keeps_train)
         report(kept[one])
     by_response: dict[ResponseRows, list[Tape]] = {}
     for one, tape in kept.items():
         by_response.setdefault(one.source, []).append(tape)
     same_form = plan.materialised_kept == plan.materialised_stream
     for one in plan.stream:
-        # a response on both sides needs one tape
-        known = kept.get(one) if same_form else None
-        tape = known or ghost.tape(one, plan.materialised_stream)
+        # a response on both sides needs one tape, unless training leaves a part of its gradient out
+        known = kept.get(one) if same_form and not ghost.pads(one.source) else None
+        tape = known or ghost.tape(one, plan.materialised_stream, trained=not plan.keeps_train)
         for tapes in by_response.values():
             numbers = torch.cat([other.rows for other in tapes])
             values[tape.rows[:, None], numbers] = _inner_products(tape, tapes, ghost).to(values)

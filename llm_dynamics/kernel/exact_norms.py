@@ -84,7 +84,7 @@ def _jacobian_products(
     def same(hidden: Tensor) -> Tensor:
         return hidden
 
-    rows = [side.jvp(weights, units.gradient(weights, response, entry(i)), same, same) for i in range(d)]
+    rows = [side.jvp(weights, units.gradient(weights, response, entry(i), trained=True), same, same) for i in range(d)]
     return torch.stack(rows, dim=2)
 
 

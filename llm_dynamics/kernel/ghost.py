@@ -17,6 +17,7 @@ from llm_dynamics.kernel.parameters import Rules, verify_rules
 from llm_dynamics.kernel.plan import Pass, Sizes
 from llm_dynamics.kernel.recording import Call, batched_grad, factors_of, lookup_of, recording, widths
 from llm_dynamics.kernel.rows import ResponseRows
+from llm_dynamics.kernel.weights import PaddingRows
 from llm_dynamics.likelihood.head import SplitModel
 from llm_dynamics.likelihood.packing import single_row
 from llm_dynamics.likelihood.preserve import keeping_rope
@@ -96,17 +97,25 @@ class Ghost:
         """Return the tokens of all rows of a response at the head."""
         return self._meet(source, None)[0]
 
-    def tape(self, one: Pass, materialised: frozenset[str]) -> Tape:
+    def pads(self, source: ResponseRows) -> bool:
+        """Tell whether a response holds a token whose embedding gets no gradient in training."""
+        modules = [module for module in self.split.model.modules() if isinstance(module, nn.Embedding)]
+        return any(module.padding_idx in source.ids for module in modules)
+
+    def tape(self, one: Pass, materialised: frozenset[str], *, trained: bool) -> Tape:
         """Run a pass: one forward, then one batched backward per batch of rows.
 
         Args:
             one: The pass.
             materialised: Linear weights whose gradients are formed.
+            trained: Take gradients as autograd gives them in training, without the padding token's embedding; else the
+                derivative of the log-probs.
 
         Returns:
             The tape of all of its rows.
         """
-        with recording(self.rules.hooked) as calls, torch.enable_grad():
+        rows_of_padding = nullcontext() if trained else PaddingRows(learn=True)
+        with recording(self.rules.hooked) as calls, torch.enable_grad(), rows_of_padding:
             outputs = self._outputs(one.source.ids[: one.length])
             if self.head is None:
                 outputs = self._row_logps(one.source, outputs)
@@ -117,7 +126,7 @@ class Ghost:
         for batch in one.batches:
             cotangents = self._cotangents(one.source, batch, outputs)
             grads = batched_grad(outputs, [*edges, *self.rules.dense.values()], cotangents)
-            batches.append(self._forms(calls, grads, len(batch), outputs.shape[0], materialised))
+            batches.append(self._forms(calls, grads, len(batch), outputs.shape[0], materialised, trained))
         # one form of many rows: products of few rows with few are bound by memory, not by arithmetic
         forms = {name: concatenate([batch.pop(name) for batch in batches]) for name in list(batches[0])}
         rows = [row for batch in one.batches for row in batch]
@@ -180,6 +189,7 @@ class Ghost:
         rows: int,
         length: int,
         materialised: frozenset[str],
+        trained: bool,
     ) -> dict[str, Form]:
         places = iter(grads)
         taken = {module: [(call, next(places)) for call in made] for module, made in calls.items()}
@@ -195,7 +205,7 @@ class Ghost:
                 for call, g in taken.get(module, [])
                 if g is not None
             ]
-            forms[name] = lookup_of(looked_up, scaled[0][0].get_parameter("weight"), rows)
+            forms[name] = lookup_of(looked_up, scaled[0][0].get_parameter("weight"), rows, trained=trained)
         if self.rules.dense:
             parts = [
                 p.new_zeros(rows, p.numel()) if g is None else g.reshape(rows, -1)

@@ -1,7 +1,8 @@
 """Trace and Frobenius norm of the V x V blocks K_{m,l} = (dz_m/dtheta)(dz_l/dtheta)^T of the token eNTK, estimated.
 
 K is that of Ren & Sutherland, *Learning Dynamics of LLM Finetuning*, ICLR 2025 (arXiv 2407.10490) [LD, Prop. 1]; the
-ranking of ||K_uo|| over observed responses o is what its appendix C calls relatively stable.
+ranking of ||K_uo|| over observed responses o is what its appendix C calls relatively stable. Of the training side l it
+takes the gradient that autograd gives in training: none by the padding token's embedding (see `token_kernel`).
 
 Estimators (Hutchinson): with e of independent random signs, `w = J_l^T e` is one backward pass, and one forward-mode
 pass along w gives `K_{m,l} e`, all V entries, at every probe token m at once. Then
@@ -93,7 +94,7 @@ def token_block_norms(
     side, units = (other, one) if swapped else (one, other)
     generator = generator or torch.Generator().manual_seed(0)
     moments = [
-        [_products(side, units, weights, r, slice(k, k + 1), generator) for _ in range(draws)]
+        [_products(side, units, weights, r, slice(k, k + 1), generator, swapped) for _ in range(draws)]
         for r, k in units_of(units)
     ]
     squares, traces = torch.stack([torch.stack(of_unit) for of_unit in moments], dim=2).unbind(-1)  # (draws, M, L)
@@ -143,7 +144,7 @@ def response_block_norms(
     squares = torch.zeros(draws, len(side.lengths), len(units.lengths), dtype=torch.float64)
     for u in range(len(units.lengths)):
         for draw in range(draws):
-            of_tokens = _products(side, units, weights, u, slice(None), generator)[:, 0]
+            of_tokens = _products(side, units, weights, u, slice(None), generator, swapped)[:, 0]
             squares[draw, :, u].index_add_(0, side.owner, of_tokens)
     if swapped:
         squares = squares.mT
@@ -213,10 +214,11 @@ def _products(
     response: int,
     places: slice,
     generator: torch.Generator,
+    swapped: bool,
 ) -> Tensor:
     """Return ||K e||^2 and e^T K e of all tokens of `side` against the given ones of `units`, (N, 2), float64.
 
-    The second is meant for a single place.
+    The second is meant for a single place. `units` is the training side, unless swapped.
     """
     head, vocab_size = side.split.head, side.split.vocab_size
     count = len(range(*places.indices(int(units.lengths[response]))))
@@ -230,7 +232,8 @@ def _products(
         logits = head(hidden[places])
         return (logits * e.to(logits)).sum()
 
-    return side.jvp(weights, units.gradient(weights, response, objective), head, both)
+    gradient = units.gradient(weights, response, objective, trained=not swapped)
+    return side.jvp(weights, gradient, head, both, trained=swapped)
 
 
 def _standard_error(values: Tensor) -> Tensor:

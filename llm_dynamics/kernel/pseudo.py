@@ -17,6 +17,9 @@ here v has random signs, less their mean, at unit length. It is exchangeable ove
 the multiple of C that is nearest to the visible block C K_{m,l} C in Frobenius norm, and invariant to such shifts in
 every draw. (Centring each logit before *summing* them all would be identically zero.)
 
+Both factors are derivatives of the model's outputs, the padding token's embedding included, so that kappa is a Gram
+matrix: symmetric and never negative on one set. (Training moves less: see `token_kernel`.)
+
 An approximation, and a rough one: on a small pretrained language model, the token kernel made of it (`kappa g_m . g_l`)
 correlates with the exact one at 0.25-0.29.
 """

@@ -113,23 +113,24 @@ def factors_of(made: Sequence[tuple[Call, Tensor]], module: nn.Module, rows: int
     return Factors(torch.cat(a), torch.cat(g, dim=1), nested=False)
 
 
-def lookup_of(made: Sequence[tuple[Call, Tensor, float]], table: Tensor, rows: int) -> Lookup:
+def lookup_of(made: Sequence[tuple[Call, Tensor, float]], table: Tensor, rows: int, *, trained: bool) -> Lookup:
     """Return the gradients of R rows by an embedding table from all calls that used it.
 
     Args:
         made: The calls, each with the gradients (R, ..., d) by its output and its factor on what it looks up.
         table: The table.
         rows: R.
+        trained: Leave the row of the padding token out, as autograd does in training.
 
     Returns:
-        The gradients by the table's rows; none by the padding row, as in `nn.Embedding`.
+        The gradients by the table's rows.
     """
     ids = [torch.zeros(0, dtype=torch.long, device=table.device)]
     gradients = [table.new_zeros(rows, 0, table.shape[1])]
     for call, g, scale in made:
         flat = call.inputs.reshape(-1)
         g = g.reshape(rows, len(flat), -1)
-        if call.module.padding_idx is not None:
+        if trained and call.module.padding_idx is not None:
             counted = flat != call.module.padding_idx
             flat, g = flat[counted], g[:, counted]
         ids.append(flat)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from llm_dynamics.kernel.output_head import BLOCK_BYTES, BLOCK_BYTES_ON_CPU, OutputHead, output_head
-from llm_dynamics.kernel.weights import Weights, at_weights, precise
+from llm_dynamics.kernel.weights import PaddingRows, Weights, at_weights, dual_weights, precise, unpacked
 from llm_dynamics.likelihood.head import SplitModel, split_model
 from llm_dynamics.likelihood.packing import Layout, TokenizedResponse, batches, lay_out, pack
 from llm_dynamics.likelihood.preserve import evaluating, keeping_rope
@@ -122,13 +122,16 @@ class TokenStates:
 
         return at_weights(self.model, {name: precise(value.detach()) for name, value in weights.items()}, read)
 
-    def gradient(self, weights: Weights, response: int, objective: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def gradient(
+        self, weights: Weights, response: int, objective: Callable[[Tensor], Tensor], *, trained: bool = False
+    ) -> dict[str, Tensor]:
         """Return d/d theta of `objective(hidden)`, one forward and backward of one response.
 
         Args:
             weights: Where to differentiate; the gradient has their names and shapes.
             response: Index of the response.
             objective: Maps its hidden states (L, d) to a scalar; it may call `split.head`.
+            trained: Leave out what autograd leaves out in training: the embedding of the padding token.
 
         Returns:
             The gradient by name, float32 at least; a parameter that the objective does not depend on is missing.
@@ -143,7 +146,8 @@ class TokenStates:
                 value = objective(self._hidden(layout))
             return torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
 
-        gradients = at_weights(self.model, leaves, run)
+        with PaddingRows(learn=not trained):
+            gradients = at_weights(self.model, leaves, run)
         return {name: g for name, g in zip(leaves, gradients, strict=True) if g is not None}
 
     def jvp(
@@ -152,6 +156,8 @@ class TokenStates:
         direction: Weights,
         output: Callable[[Tensor], Tensor],
         reduce: Callable[[Tensor], Tensor],
+        *,
+        trained: bool = False,
     ) -> Tensor:
         """Return `reduce` of the derivative of `output(hidden)` along `direction`, one forward-mode pass.
 
@@ -160,6 +166,7 @@ class TokenStates:
             direction: Tangent, by names among those of `weights`; a name that is missing counts as zero.
             output: Maps hidden states (n, d) to (n, ...); called on blocks of tokens, so that (n, V) stays bounded.
             reduce: Maps the tangents (n, ...) of a block to the (n, k) that is kept.
+            trained: As for `gradient`.
 
         Returns:
             (N, k), on the CPU, in the order of the responses.
@@ -171,15 +178,11 @@ class TokenStates:
             rows = max(1, block_bytes // (hidden.element_size() * self.split.vocab_size))
             kept = []
             for block in hidden.split(rows):
-                value, tangent = forward_ad.unpack_dual(output(block))
-                kept.append(reduce(torch.zeros_like(value) if tangent is None else tangent).cpu())
+                kept.append(reduce(unpacked(output(block))[1]).cpu())
             return torch.cat(kept)
 
-        with forward_ad.dual_level():
-            duals: dict[str, Tensor] = {}
-            for name, value in weights.items():
-                start = precise(value.detach())
-                duals[name] = forward_ad.make_dual(start, direction[name].to(start)) if name in direction else start
+        with forward_ad.dual_level(), PaddingRows(learn=not trained):
+            duals = dual_weights(weights, direction)
             parts = at_weights(self.model, duals, lambda: [tangents(layout) for layout in self._layouts])
         return torch.cat(parts)[self._order]
 
