@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,10 +13,49 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from llm_dynamics.influence import LossTape, UpdateSplit, measured_change, path_gradient
+from llm_dynamics.influence.update import checksum, copied
 from llm_dynamics.kernel.derivatives import ResponseLogps
 from llm_dynamics.kernel.weights import Weights, precise
 from llm_dynamics.likelihood import SplitModel
 from llm_dynamics.probes import EncodedProbe
+
+logger = logging.getLogger(__name__)
+
+
+class StepWeights:
+    """The weights as a step begins, and whether anything but explained steps moved them since the last one.
+
+    Attributes:
+        begun_at: Copies by name of the trained weights, from before the step's first forward.
+        note: What a reader of accounts must know: that something changes weights between steps; else None.
+    """
+
+    def __init__(self) -> None:
+        self.begun_at: dict[str, Tensor] | None = None
+        self.note: str | None = None
+        self._stepped: list[Tensor] | None = None
+
+    def between_steps(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
+        """Compare the weights, as a step begins, with those that the explained step before it left."""
+        left, self._stepped = self._stepped, None
+        if left is None or self.note is not None:
+            return
+        now = checksum(parameters)
+        if len(now) == len(left) and all(torch.equal(ours, theirs) for ours, theirs in zip(now, left, strict=True)):
+            return
+        self.note = (
+            f"after step {step} something other than the optimizer changed the weights (a callback, such as EMA or "
+            "SWA?): accounts are of the optimizer's steps alone"
+        )
+        logger.warning("%s", self.note)
+
+    def begin(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Copy the weights."""
+        self.begun_at = copied(parameters)
+
+    def stepped(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Remember what the step left, by a checksum, and let the copies go."""
+        self.begun_at, self._stepped = None, checksum(parameters)
 
 
 @dataclass(frozen=True)
@@ -49,6 +89,12 @@ class FinishedStep:
     encoded: Sequence[EncodedProbe]
     counts: Mapping[str, int]
     batch_tokens: int
+
+    @cached_property
+    def coarse(self) -> bool:
+        """Whether training computes in a lower precision than the account."""
+        low = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self.model.parameters())
+        return low or self.accelerator.mixed_precision != "no"
 
     @cached_property
     def after(self) -> Weights:

@@ -9,23 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import torch
 from transformers import IntervalStrategy, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm_dynamics import _trl
-from llm_dynamics.callbacks.finished_step import FinishedStep
+from llm_dynamics.callbacks.finished_step import FinishedStep, StepWeights
 from llm_dynamics.callbacks.influence_maps import account_of_tokens
 from llm_dynamics.callbacks.influence_settings import InfluenceSettings
 from llm_dynamics.callbacks.metrics import finite_only
 from llm_dynamics.callbacks.moment_file import load_history, save_history
 from llm_dynamics.callbacks.probe import ProbeCallback
 from llm_dynamics.callbacks.probe_account import ProbeAccount, account_of_probes, explained_by_gradient
-from llm_dynamics.callbacks.refusals import refuse_unexplainable
+from llm_dynamics.callbacks.refusals import refuse_underivable, refuse_unexplainable
 from llm_dynamics.callbacks.roles import role_labelling
 from llm_dynamics.callbacks.sharding import average_weights, on_every_process, sum_over_processes
-from llm_dynamics.callbacks.token_account import TokenAccount, TokenAccountant
+from llm_dynamics.callbacks.token_account import TokenAccount, TokenAccountant, with_tokens
 from llm_dynamics.influence import (
     BeforeStep,
     LossTape,
@@ -35,7 +33,6 @@ from llm_dynamics.influence import (
     split_update,
     trainable_parameters,
 )
-from llm_dynamics.influence.optimizers import rule_for
 from llm_dynamics.influence.tape import Labelling
 from llm_dynamics.influence.update import innermost
 from llm_dynamics.kernel.weights import Weights
@@ -95,6 +92,7 @@ class InfluenceCallback(TrainerCallback):
             raise ValueError("the trainer has an InfluenceCallback, and two would tap each other: give one all probes")
         self.trainer = trainer
         self.watcher = _watcher(trainer, probes, every)
+        refuse_underivable(trainer, self.watcher.encoded, self.watcher.split)
         self.settings = settings.of_probes(self.watcher.table)
         self.roles = role_labelling(trainer)
         split_by = settings.split_by
@@ -107,6 +105,7 @@ class InfluenceCallback(TrainerCallback):
         self._open = ExitStack()
         self._tape: LossTape | None = None
         self._seen_a_loss = False
+        self._weights = StepWeights()
         self._clip: list[float] = []
         self._before: BeforeStep | None = None
         self._pending: dict[str, Any] | None = None
@@ -135,13 +134,15 @@ class InfluenceCallback(TrainerCallback):
     ) -> None:
         """Tap the loss of a step that will be explained."""
         self._close()
-        if not self._due(state) and self.history is None:
-            return
         model = self.trainer.model
         assert model is not None
+        self._weights.between_steps(trainable_parameters(model), state.global_step)
+        if not self._due(state) and self.history is None:
+            return
         self._tape = LossTape(model, self.labelling, parameters=trainable_parameters(model))
         self._open.enter_context(self._tape)
         self._clip = self._open.enter_context(_trl.recording_clip(self.trainer))
+        self._weights.begin(self._tape.parameters)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -154,7 +155,7 @@ class InfluenceCallback(TrainerCallback):
         if not self._seen_a_loss:
             self._tape.raise_if_empty()  # a step without a loss later on, such as one that is skipped, is none of ours
         self._seen_a_loss = True
-        self._before = BeforeStep.of(self.trainer.optimizer, self._tape.parameters)
+        self._before = BeforeStep.of(self.trainer.optimizer, self._tape.parameters, self._weights.begun_at)
         self.watcher.clock.add(time.monotonic() - begun)
 
     def on_optimizer_step(
@@ -176,6 +177,7 @@ class InfluenceCallback(TrainerCallback):
             clip_factor=factor,
             history=self.history,
         )
+        self._weights.stepped(tape.parameters)
         if self._due(state):
             self._pending = self._explain(tape, before.weights, update, state.global_step + 1)
             self._pending["account"] |= {
@@ -234,9 +236,9 @@ class InfluenceCallback(TrainerCallback):
                 )
         self.history, self._history_since = loaded or (MomentHistory(), state.global_step)
 
-    def _note(self, update: UpdateSplit) -> str | None:
+    def _note(self, *known: str | None) -> str | None:
         """Return what a reader of the account must know."""
-        notes = [] if update.note is None else [update.note]
+        notes = [note for note in known if note is not None]
         if self.history is not None and self._history_since > 0:
             notes.append(
                 f"the labels of momentum are known from step {self._history_since} on, where the run was resumed "
@@ -271,13 +273,18 @@ class InfluenceCallback(TrainerCallback):
             counts={family: int(counts[family]) for family in families if family in counts},
             batch_tokens=watcher.batch_tokens,
         )
-        with keeping_rope(model):
+        with keeping_rope(model), _trl.outside_autocast(model):
             probes = account_of_probes(step, self.settings.detail)
             tokens, told = self._training_tokens(step, number), probes.tokens
             if told is None and tokens is not None and tokens.maps is not None:
                 told = account_of_tokens(step, self.settings.mapped)
+        influence, by_family = probes.influence, self.settings.detail == "family"
+        if tokens is not None and by_family:
+            influence = with_tokens(influence, tokens, coarse=step.coarse)
+        tables = {"influence": influence, "influence_tokens": told} | (tokens.tables if tokens is not None else {})
+        notes = [tokens.note(carried=step.coarse and by_family)] if tokens is not None else []
         return {
-            "tables": self._tables(probes, tokens, told),
+            "tables": {name: frame for name, frame in tables.items() if frame is not None},
             "account": {
                 "rule": self.settings.rule,
                 "explained": probes.explained,
@@ -285,7 +292,7 @@ class InfluenceCallback(TrainerCallback):
                 "measured_norm": probes.measured_norm,
                 "remainder_norm": probes.remainder_norm,
                 "optimizer": type(innermost(self.trainer.optimizer)).__name__,
-                "note": self._note(update),
+                "note": self._note(update.note, self._weights.note, *notes),
             },
             "metrics": _shares(probes),
         }
@@ -293,20 +300,18 @@ class InfluenceCallback(TrainerCallback):
     def _training_tokens(self, step: FinishedStep, number: int) -> TokenAccount | None:
         settings = self.settings
         targets = list(settings.training_tokens or ())
-        untold = not (targets or settings.mapped) or rule_for(innermost(self.trainer.optimizer)) is None
-        if untold or step.split.backbone is None:  # batches that cannot be replayed: see `on_train_begin`
+        if not (targets or settings.mapped) or step.split.backbone is None:  # no replay: see `on_train_begin`
             return None
-        if sum_over_processes(np.array([len(step.tape.batches)]))[0] == 0:
-            return None  # a step without a loss
+        n_batches, n_unknown = sum_over_processes(np.array([len(step.tape.batches), not step.update.per_gradient]))
+        if n_batches == 0 or n_unknown > 0:
+            return None  # a step without a loss, or one that is no known function of its gradient
         accountant = TokenAccountant(
             step, self.roles, self._prompts(), self.watcher.decode, _trl.sampling_temperature(self.trainer)
         )
         families = [target for target in targets if target in step.counts]
         probes = [target for target in targets if target not in (settings.families or ())]
         tokens = accountant.account(families, probes, settings.mapped, tables=settings.tells_tokens(number))
-        coarse = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in step.model.parameters())
-        allowed = REPLAY_TOLERANCE["bf16" if coarse else self.trainer.accelerator.mixed_precision]
-        if tokens.replay_error > allowed:
+        if tokens.replay_error > REPLAY_TOLERANCE["bf16" if step.coarse else "no"]:
             logger.warning(
                 "replaying the training batch gave log-probs up to %.2g nats from those in training: the shares of "
                 "training tokens are off by as much (attention dropout in a fused kernel, or a model that is random)",
@@ -320,18 +325,6 @@ class InfluenceCallback(TrainerCallback):
         for probe, prompt_id in zip(self.watcher.encoded, self.watcher.table["prompt_id"], strict=True):
             prompts.setdefault(probe.prompt_ids, prompt_id)
         return prompts
-
-    def _tables(
-        self, probes: ProbeAccount, tokens: TokenAccount | None, told: pd.DataFrame | None
-    ) -> dict[str, pd.DataFrame]:
-        influence = probes.influence
-        tables = {"influence": influence, "influence_tokens": told}
-        if tokens is not None:
-            if self.settings.detail == "family":
-                own = [tokens.own.get(key) for key in zip(influence["family"], influence["cause"], strict=True)]
-                tables["influence"] = influence.assign(own_share=pd.Series(own, dtype=object))  # None: not measured
-            tables |= tokens.tables
-        return {name: frame for name, frame in tables.items() if frame is not None}
 
 
 def _shares(probes: ProbeAccount) -> dict[str, float]:

@@ -34,10 +34,8 @@ class ProbeAccount:
 
     @property
     def explained(self) -> float:
-        """1 - |measured - accounted|^2 / |measured|^2 over all explained probe tokens."""
-        if self.measured_norm == 0:
-            return float(self.remainder_norm == 0)
-        return 1 - (self.remainder_norm / self.measured_norm) ** 2
+        """1 - |measured - accounted|^2 / |measured|^2 over all explained probe tokens; NaN where nothing moved."""
+        return 1 - (self.remainder_norm / self.measured_norm) ** 2 if self.measured_norm != 0 else float("nan")
 
 
 def account_of_probes(step: FinishedStep, detail: str) -> ProbeAccount:

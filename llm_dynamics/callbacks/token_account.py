@@ -13,10 +13,15 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from llm_dynamics.callbacks.finished_step import FinishedStep
+from llm_dynamics.callbacks.probe_account import REMAINDER
 from llm_dynamics.callbacks.sharding import gather_frames, sum_over_processes, union_over_processes
 from llm_dynamics.callbacks.training_examples import TrainingExamples, describe_examples
-from llm_dynamics.influence import MicroBatch, TokenInfluence, influence_of_training_tokens
+from llm_dynamics.influence import MicroBatch, TokenInfluence, influence_of_training_tokens, inner_products
 from llm_dynamics.influence.tape import Labelling
+from llm_dynamics.influence.update import PRECISION
+
+_ADDS_UP = 0.01
+"""Part of the sum of absolute shares by which tokens may miss their label's share before the account says so."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,9 @@ class TokenAccount:
         tokens: Rows of `schema.TRAINING_TOKENS`, likewise.
         maps: Rows of `schema.INFLUENCE_MAPS`, or None where no probe asked for one.
         own: By family and label of tokens: what examples with the probes' own prompts did to the family's mean, nats.
+        missed: By target and label: the label's part of the update less the shares of its tokens, nats. Not zero where
+            the gradient of training is not that of the loss at the weights in float32.
+        size: By target and label: sum of the absolute shares of its tokens, nats.
         replay_error: Largest difference between a replayed log-prob and the one in training, nats.
     """
 
@@ -35,7 +43,21 @@ class TokenAccount:
     tokens: pd.DataFrame | None
     maps: pd.DataFrame | None
     own: Mapping[tuple[str, str], float]
+    missed: Mapping[tuple[str, str], float]
+    size: Mapping[tuple[str, str], float]
     replay_error: float
+
+    def note(self, *, carried: bool) -> str | None:
+        """Say where training tokens do not add up to their labels, unless the difference is `carried` in the table."""
+        off = [key for key, missed in self.missed.items() if abs(missed) > _ADDS_UP * self.size[key]]
+        if carried or not off:
+            return None
+        target, label = max(off, key=lambda key: abs(self.missed[key]))
+        return (
+            f"the shares of training tokens in {target} add up to `{label}` less {self.missed[target, label]:.3g} "
+            "nats: the gradient that was used is not that of the loss in float32 (lower precision, a hook on a weight "
+            "or a layer, or a model that is random)"
+        )
 
     @property
     def tables(self) -> dict[str, pd.DataFrame | None]:
@@ -65,6 +87,7 @@ class TokenAccountant:
         self.step = step
         self.temperature = temperature
         self.replay_error = 0.0
+        self._counts = [int(batch.has_loss.sum()) for batch in step.tape.batches]
         self.local: TrainingExamples = describe_examples(
             step.tape.batches, roles, prompts, decode, n_processes=step.accelerator.num_processes
         )
@@ -90,17 +113,27 @@ class TokenAccountant:
         targets = {(family, "family"): partial(step.family_mean, family) for family in families}
         targets |= {(probe, "probe"): partial(step.probe_sum, probe) for probe in dict.fromkeys([*probes, *map_probes])}
         tokens, maps = [], []
+        labels = union_over_processes(step.tape.parts) if tables else []
+        parts = {label: step.update.parts.get(label, {}) for label in labels}
+        whole: dict[tuple[str, str], float] = {}
+        added: dict[tuple[str, str], np.ndarray] = {}
         for (target, kind), weights in targets.items() if tables else ():
-            shares = self._influence(step.tape.batches, step.gradient(weights)).shares
+            gradient = step.gradient(weights)
+            whole |= {(target, label): share for label, share in inner_products(gradient, parts).items()}
+            shares = self._influence(step.tape.batches, gradient).shares
+            added |= {(target, label): both for label, both in self._added_up(labels, shares).items()}
             frame = self.local.tokens.assign(target=target, kind=kind, share=shares.numpy())
             tokens.append(frame)
             if kind == "probe" and target in map_probes:
                 maps.append(self._map(target, frame))
+        sums = dict(zip(added, sum_over_processes(np.array(list(added.values()))), strict=True))
         return TokenAccount(
             examples=self._numbered([self.local.examples]) if tables else None,
             tokens=self._numbered(tokens) if tokens else None,
             maps=self._numbered(maps) if maps else None,
             own=self._own_shares(families),
+            missed={key: share - float(sums[key][0]) for key, share in whole.items()},
+            size={key: float(both[1]) for key, both in sums.items()},
             replay_error=max(gather_object([self.replay_error])),
         )
 
@@ -138,14 +171,27 @@ class TokenAccountant:
         self, batch: MicroBatch, examples: Sequence[int], gradient: Mapping[str, Tensor]
     ) -> dict[str, float]:
         """Return what some examples did to a target, by the label that their tokens have in the whole micro-batch."""
-        step = self.step
         alone = restricted([batch], examples)
         if not alone:
             return {}
         shares = self._influence(alone, gradient).shares
-        assert step.tape.labelling is not None
-        kept = batch.has_loss & is_among(batch.example, examples)  # in the order of the shares
-        return {label: float(shares[mask[kept].cpu()].sum()) for label, mask in step.tape.labelling(batch).items()}
+        kept = batch.has_loss & is_among(batch.example, examples)
+        return {label: float(some.sum()) for label, some in self._by_label(batch, kept, shares).items()}
+
+    def _added_up(self, labels: Sequence[str], shares: Tensor) -> dict[str, np.ndarray]:
+        """Return the sum of the shares of all local tokens, and of their absolute values, by label."""
+        sums = {label: np.zeros(2) for label in labels}
+        for batch, mine in zip(self.step.tape.batches, shares.split(self._counts), strict=True):
+            for label, some in self._by_label(batch, batch.has_loss, mine).items():
+                if label in sums:  # a label may have no tokens in the whole step
+                    sums[label] += [float(some.sum()), float(some.abs().sum())]
+        return sums
+
+    def _by_label(self, batch: MicroBatch, kept: Tensor, shares: Tensor) -> dict[str, Tensor]:
+        """Return the shares of the tokens `kept` (B, S), in their order, by label."""
+        labelling = self.step.tape.labelling
+        assert labelling is not None
+        return {label: shares[mask[kept].cpu()] for label, mask in labelling(batch).items()}
 
     def _map(self, probe: str, influence: pd.DataFrame) -> pd.DataFrame:
         """Return M x L shares of a probe's tokens and the tokens of the example, on any process, that moved it most."""
@@ -185,6 +231,33 @@ class TokenAccountant:
         offset = int(sum_over_processes(sizes)[:index].sum())
         frame = pd.concat(frames, ignore_index=True)
         return gather_frames(frame.assign(example=frame["example"] + offset, order=index), "order")
+
+
+def with_tokens(influence: pd.DataFrame, tokens: TokenAccount, *, coarse: bool) -> pd.DataFrame:
+    """Add to the account of families what is known of their training tokens.
+
+    Args:
+        influence: Rows of `schema.INFLUENCE` of whole families, step excepted.
+        tokens: The tokens.
+        coarse: Carry what the tokens of each label miss of its share as a cause of its own, `precision`: the share of
+            a label is then the sum of its tokens' shares.
+
+    Returns:
+        The rows, with `own_share`.
+    """
+    keys = list(zip(influence["family"], influence["cause"], strict=True))
+    own = pd.Series([tokens.own.get(key) for key in keys], index=influence.index, dtype=object)  # None: not measured
+    influence = influence.assign(own_share=own)
+    told = {family for family, _ in tokens.missed}
+    if not coarse:
+        return influence
+    missed = pd.Series([tokens.missed.get(key, 0.0) for key in keys], index=influence.index)
+    influence["share"] -= missed
+    rows = []
+    for family, group in influence.groupby("family", sort=False):
+        carried = group[group["cause"] == REMAINDER].assign(cause=PRECISION, share=missed[group.index].sum())
+        rows += [group[:-1], carried, group[-1:]] if family in told else [group]
+    return pd.concat(rows, ignore_index=True)
 
 
 def restricted(batches: Sequence[MicroBatch], examples: Sequence[int]) -> list[MicroBatch]:

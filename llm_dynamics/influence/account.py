@@ -50,7 +50,7 @@ class StepAccount:
 
     @property
     def explained(self) -> float:
-        """1 - |remainder|^2 / |measured|^2; 1 where nothing changed and nothing was accounted."""
+        """1 - |remainder|^2 / |measured|^2; NaN where nothing changed."""
         return explained_share(self.measured, self.accounted)
 
 
@@ -62,12 +62,10 @@ def explained_share(measured: Tensor, accounted: Tensor) -> float:
         accounted: What is said of them, (N,).
 
     Returns:
-        At most 1; NaN where changes are not finite; 1 for 0 out of 0.
+        At most 1; NaN where changes are not finite, or nothing changed: there is no share of nothing.
     """
     missed, whole = (measured - accounted).double().square().sum(), measured.double().square().sum()
-    if whole == 0:
-        return 1.0 if missed == 0 else -math.inf
-    return float(1 - missed / whole)
+    return float(1 - missed / whole) if whole != 0 else math.nan
 
 
 def account_for_change(

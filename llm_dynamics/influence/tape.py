@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from llm_dynamics.influence.plain_logits import IGNORED, coefficients_from_logits, gradient_of_logits
 from llm_dynamics.kernel.weights import unshared
 
+_CAST = "ToCopyBackward0"
+"""Node of the graph that makes a copy in another format."""
+
 _FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
 
 
@@ -178,12 +181,19 @@ class LossTape:
         tap, fused = _Tap(tapped), logps is not None
         self._taps.append(tap)
 
-        def on_gradient(gradient: Tensor) -> None:
-            if tap.output is not None and not self._splitting:
+        def on_gradient(gradient: Tensor | None) -> None:
+            if gradient is not None and tap.output is not None and not self._splitting:
                 tap.seen = True
                 self._record(inputs, tap.output, gradient, random, fused=fused)
 
-        tapped.register_hook(on_gradient)
+        node, place = tapped.grad_fn, tapped.output_nr
+        if node is None or node.name() != _CAST:
+            tapped.register_hook(on_gradient)
+            return
+        # accelerate hands out a float32 copy of bfloat16 logits, past which a loss inside the model's forward goes
+        node, place = node.next_functions[0]
+        assert node is not None, "a copy that requires a gradient has a source that does"
+        node.register_prehook(lambda gradients: on_gradient(gradients[place]))
 
     def _record(
         self, inputs: dict[str, Any], tapped: Tensor, gradient: Tensor, random: RandomState | None, *, fused: bool

@@ -10,16 +10,18 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from llm_dynamics.influence.optimizers import Factor, LinearStep, rule_for
+from llm_dynamics.influence.optimizers import Factor, LinearStep, OptimizerRule, rule_for
 from llm_dynamics.kernel.weights import Weights
 
 MOMENTUM, OTHER, DECAY, ROUNDING, STEP = "momentum", "other", "decay", "rounding", "step"
-"""Causes that are not labels of tokens; `step` is the whole update of an optimizer that is not known."""
+PRECISION = "precision"
+"""Causes that are not labels of tokens; `step` is the whole update of an optimizer that is not known, `precision` what
+training in a lower precision makes of the labels' parts beyond their tokens' shares."""
 
 _SURELY_NOT_ROUNDING = 10
 """Times the precision of a weight's format; rounding of weights and of the optimizer's arithmetic stays within 3."""
 
-_CAUSES = (MOMENTUM, OTHER, DECAY, ROUNDING, STEP, "remainder")
+_CAUSES = (MOMENTUM, OTHER, DECAY, ROUNDING, STEP, PRECISION, "remainder")
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,26 @@ class BeforeStep:
         weights: theta before the step.
         moments: The first moment before the step, of parameters that have one.
         gradients: The gradient, where the step may overwrite it: torch's foreach SGD with Nesterov momentum does.
+        moved: Whether the weights had changed already when the optimizer was about to step, as by hooks that step
+            inside backward.
     """
 
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    moved: bool = False
 
     @classmethod
-    def of(cls, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> BeforeStep:
-        """Copy what the step of `optimizer` (accelerate's wrapper or torch's own) will overwrite."""
+    def of(
+        cls, optimizer: Any, parameters: Mapping[str, nn.Parameter], begun_at: dict[str, Tensor] | None = None
+    ) -> BeforeStep:
+        """Copy what the step of `optimizer` will overwrite.
+
+        Args:
+            optimizer: Accelerate's wrapper or torch's own.
+            parameters: The trained parameters by name.
+            begun_at: Copies of them from when the step began, before its forward; None: taken now.
+        """
         inner = innermost(optimizer)
         rule = rule_for(inner)
         overwritten = {id(p) for group in inner.param_groups if group.get("nesterov", False) for p in group["params"]}
@@ -49,7 +62,9 @@ class BeforeStep:
                 moments[name] = moment.detach().clone()
             if parameter.grad is not None and id(parameter) in overwritten:
                 gradients[name] = parameter.grad.detach().clone()
-        return cls({name: p.detach().clone() for name, p in parameters.items()}, moments, gradients)
+        weights = copied(parameters) if begun_at is None else begun_at
+        moved = begun_at is not None and not all(torch.equal(p, weights[name]) for name, p in parameters.items())
+        return cls(weights, moments, gradients, moved)
 
 
 @dataclass(frozen=True)
@@ -99,8 +114,8 @@ def split_update(
                                      - lr wd theta_before              decay
                                      + what the stored weights round   rounding
 
-    and likewise for SGD, Adam and RMSprop (`optimizers.rule_for`). With an optimizer that is not known, the measured
-    change is one part, `step`, and a note says so.
+    and likewise for SGD, Adam and RMSprop (`optimizers.rule_for`). With an optimizer that is not known, or where not
+    it alone moved the weights (`BeforeStep.moved`), the measured change is one part, `step`, and a note says so.
 
     Args:
         optimizer: After its step; its state and the (clipped) `.grad` of the parameters as the step left them.
@@ -126,15 +141,20 @@ def split_update(
     parts: dict[str, dict[str, Tensor]] = {}
     per_gradient: dict[str, Factor] = {}
     changed_by_others: list[str] = []
+    without_state = False
     for name, parameter in parameters.items():
-        if parameter.grad is None or id(parameter) not in groups:
+        stepped = parameter.grad is not None and id(parameter) in groups
+        if not stepped and torch.equal(parameter, before.weights[name]):
             continue
         change = _wide(parameter) - _wide(before.weights[name])
-        if rule is None:
+        moment, step = before.moments.get(name), None
+        if rule is not None and stepped and not before.moved:
+            step = _linear_step(rule, groups[id(parameter)], inner.state[parameter], moment is not None)
+            without_state |= step is None
+        if step is None:
             parts.setdefault(STEP, {})[name] = change
             continue
-        moment = before.moments.get(name)
-        step = rule.step(groups[id(parameter)], inner.state[parameter], moment is not None)
+        assert parameter.grad is not None
         per_gradient[name] = step.gradient * clip_factor
         clipped = {
             label: _wide(by_name[name]).mul_(clip_factor) for label, by_name in gradients.items() if name in by_name
@@ -158,7 +178,40 @@ def split_update(
         )
     if rule is None:
         note = f"{type(inner).__name__} is not known: its whole update is one cause, `{STEP}`"
+    elif before.moved:
+        note = (
+            "the weights changed before the optimizer's step: hooks that step inside backward, or another callback. "
+            f"The whole change is one cause, `{STEP}`"
+        )
+    elif without_state:
+        note = f"{type(inner).__name__} took no step of its own: what changed is one cause, `{STEP}`"
+    elif parts.get(STEP):
+        note = f"parameters without a gradient changed, such as {next(iter(parts[STEP]))}: see the cause `{STEP}`"
     return UpdateSplit(parts, per_gradient, note)
+
+
+def copied(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return copies of parameters by name."""
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def checksum(parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
+    """Return one sum per parameter over its bits as whole numbers: another value of one element changes it."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return [
+        parameter.detach().view(whole[parameter.element_size()]).sum(dtype=torch.int64)
+        for parameter in parameters.values()
+    ]
+
+
+def _linear_step(
+    rule: OptimizerRule, group: Mapping[str, Any], state: Mapping[str, Any], had_moment: bool
+) -> LinearStep | None:
+    """Return one parameter's step; None where its state shows that the optimizer never took one."""
+    try:
+        return rule.step(group, state, had_moment)
+    except KeyError:
+        return None
 
 
 def innermost(optimizer: Any) -> torch.optim.Optimizer:

@@ -126,7 +126,8 @@ def test_bfloat16_weights_are_replayed_without_a_warning(folder, tmp_path, caplo
     with caplog.at_level(logging.WARNING):
         run = prepared(build, tmp_path)
     assert "replaying" not in caplog.text
-    assert_balanced(run, atol=0.1)
+    shares = assert_balanced(run)
+    assert shares.xs("precision", level="cause").abs().max() > 1e-3  # what bfloat16 made of the gradient
     assert run.influence["own_share"].abs().max() < 20  # gradients that cancelled exactly once made hundreds of nats
 
 
@@ -151,7 +152,7 @@ def test_labels_that_are_held_back_from_the_model_are_found(folder, tmp_path):
     columns = ["step", "prompt_id", "prompt", "response", "n_tokens"]
     assert run.training_examples[columns].equals(usual.training_examples[columns])
     ours, theirs = (log.influence.query("cause == 'up'")["own_share"] for log in (run, usual))
-    assert (ours - theirs).abs().max() < 1e-2
+    assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max()  # Adam's first step magnifies rounding
     assert theirs.abs().max() > 0.1
 
 
@@ -172,7 +173,7 @@ def test_noise_on_the_embeddings_is_repeated_in_own_shares_too(folder, tmp_path,
 
 def test_a_step_whose_completions_are_all_masked_has_an_account(folder, tmp_path):
     _, run = explain("grpo", folder, tmp_path, influence={"map_probes": CHOSEN[:1]}, mask_truncated_completions=True)
-    assert list(run.accounts["explained"]) == [1.0, 1.0]
+    assert run.accounts["explained"].isna().all()  # there is no share of nothing
     assert len(run.training_examples) == len(run.training_tokens) == 0
 
 
@@ -192,7 +193,8 @@ def test_a_step_that_skips_its_loss_does_not_end_training(history, folder, tmp_p
 
     run = prepared(build, tmp_path, influence={"history": history})
     assert run.explained_steps == [1, 2, 3]
-    assert (run.accounts["explained"] > 0.999).all()
+    assert (run.accounts["explained"].isna() | (run.accounts["explained"] > 0.999)).tolist() == [True] * 3
+    assert run.accounts["explained"].isna().tolist() == [False, True, False]  # nothing moved: there is no share of it
     assert list(run.training_examples["step"].unique()) == [1, 3]
 
 
