@@ -24,7 +24,7 @@ Names = Mapping[str, str]
 """Names for people by cause: what `cause_names` returns."""
 
 _FIRST = ("up", "down", "momentum", "momentum_up", "momentum_down")
-_LAST = ("other", "decay", "rounding", "step", "remainder")
+_LAST = ("other", "precision", "decay", "rounding", "step", "remainder")
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +130,7 @@ def cause_names(run: RunLog) -> dict[str, str]:
         "momentum": "momentum",
         "decay": "weight decay",
         "other": "other gradient",
+        "precision": "precision of the gradient",
         "step": "the whole update",
         UNACCOUNTED: "not accounted for",
         REST: REST,

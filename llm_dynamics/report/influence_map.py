@@ -20,7 +20,7 @@ MAX_SIDE = 128
 _CELLS = ["probe_id", "example", "m", "l", "share"]
 _CAUSES = ["probe_id", "position", "cause", "share", "measured"]
 _TOLD = ["target", "kind", "example", "position", "token", "logp", "c", "share"]
-_NOT_TOKENS = ("other", "decay", "rounding", "step", "remainder")
+_NOT_TOKENS = ("other", "precision", "decay", "rounding", "step", "remainder")
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ _COLOURS: dict[tuple[str, str], tuple[str, str]] = {
     ("momentum_down", ""): ("#96487c", "#e09ac6"),
     ("decay", ""): ("#00714f", "#3fc998"),
     ("other", ""): ("#8f620b", "#ddbe55"),
+    ("precision", ""): ("#75757c", "#a9a9b3"),
     ("rounding", ""): ("#75757c", "#a9a9b3"),
     ("step", ""): ("#55585f", "#bdbcb8"),
     ("remainder", ""): ("#8a3f4f", "#e6a0ae"),

@@ -33,7 +33,7 @@ INFLUENCE = described(
         "n_probes": (pa.int32(), "probes that the row is a mean over"),
         "cause": (
             pa.string(),
-            "up, down (or another label of the tokens), momentum, other, decay, rounding, step, remainder",
+            "up, down (or another label of the tokens), momentum, other, precision, decay, rounding, step, remainder",
         ),
         "share": (pa.float64(), "the cause's part of measured, nats; over causes the shares add up to measured"),
         "own_share": (
@@ -101,7 +101,10 @@ ACCOUNTS = described(
     {
         "step": _STEP,
         "rule": (pa.string(), "quadrature rule along the update: start, midpoint or gauss2"),
-        "explained": (pa.float64(), "1 - |measured - accounted|^2 / |measured|^2 over all explained probe tokens"),
+        "explained": (
+            pa.float64(),
+            "1 - |measured - accounted|^2 / |measured|^2 over all explained probe tokens; NaN if none moved",
+        ),
         "explained_by_gradient": (pa.float64(), "the same for the best-scaled -grad, null where not measured"),
         "measured_norm": (pa.float64(), "|measured| over all explained probe tokens, nats"),
         "remainder_norm": (pa.float64(), "|measured - accounted| over all explained probe tokens, nats"),

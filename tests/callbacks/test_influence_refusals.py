@@ -1,15 +1,21 @@
 """Runs whose steps cannot be explained are refused when the callback is attached: by name, with the way out."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
+from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+from transformers.training_args import OptimizerNames
 from trl import RewardConfig, RewardTrainer
 
 from llm_dynamics.callbacks import InfluenceCallback, ProbeCallback, watch
 from tests.conftest import PREFERENCES
-from tests.training import build_trainer, make_probes, save_tiny_model
+from tests.training import build_trainer, make_probes, save_tiny_model, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +58,39 @@ def setting(name):
     return lambda trainer: setattr(trainer.args, name, True)
 
 
+def in_float16(trainer):
+    trainer.model.half()
+
+
+def one_layer_in_float16(trainer):
+    trainer.model.model.norm.half()
+
+
+def mixed_by_accelerate(precision):
+    def change(trainer):
+        trainer.accelerator = SimpleNamespace(
+            mixed_precision=precision, state=SimpleNamespace(), device=trainer.accelerator.device, autocast=nullcontext
+        )
+
+    return change
+
+
+def layer_by_layer(trainer):
+    trainer.optimizer = LayerWiseDummyOptimizer(optimizer_dict={})
+
+
+def named_optimizer(name):
+    return lambda trainer: setattr(trainer.args, "optim", OptimizerNames(name))
+
+
 UNEXPLAINABLE = {
+    "float16_weights": (in_float16, "the trained weights are float16: .*second moment underflow"),
+    "float16_layer": (one_layer_in_float16, "the trained weights are float16"),
+    "fp16_of_accelerate": (mixed_by_accelerate("fp16"), r"float16 mixed precision.*use bf16"),
+    "fp8_of_accelerate": (mixed_by_accelerate("fp8"), r"fp8 mixed precision"),
+    "layerwise_object": (layer_by_layer, "LayerWiseDummyOptimizer steps layer by layer inside backward"),
+    "layerwise_galore": (named_optimizer("galore_adamw_layerwise"), "galore_adamw_layerwise steps layer by layer"),
+    "layerwise_lomo": (named_optimizer("adalomo"), "adalomo steps layer by layer inside backward"),
     "deepspeed": (deepspeed, "DeepSpeed partitions optimizer state"),
     "quantised": (lambda trainer: setattr(trainer.model, "is_quantized", True), "the model is quantised"),
     "fp16": (setting("fp16"), r"float16 mixed precision.*use bf16"),
@@ -79,6 +117,71 @@ def test_a_run_that_cannot_be_explained_is_refused_and_may_be_watched(case, trai
         assert_untouched(trainer, tmp_path)
         trainer.accelerator = changed
     assert isinstance(watch(trainer, probes), ProbeCallback)  # the way out
+
+
+class Rounded(torch.autograd.Function):
+    """Rounds, with the gradient passed straight through."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (x * 64).round() / 64
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class RoundedLinear(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, Rounded.apply(self.weight), self.bias)
+
+
+class RoundedNorm(LlamaRMSNorm):
+    def forward(self, x):
+        return Rounded.apply(super().forward(x))
+
+
+class RoundedEmbedding(nn.Embedding):
+    def forward(self, ids):
+        return nn.functional.embedding(ids, Rounded.apply(self.weight), self.padding_idx)
+
+
+class SparseLinear(nn.Linear):
+    def forward(self, x):
+        flat = x.flatten(0, -2)
+        return torch.sparse.mm(self.weight.to_sparse(), flat.T).T.unflatten(0, x.shape[:-1])
+
+
+UNDERIVABLE = {
+    "weight": (lambda model: model.model.layers[1].mlp.down_proj, RoundedLinear, r"layers\.1\.mlp\.down_proj"),
+    "norm": (lambda model: model.model.norm, RoundedNorm, r"norm"),
+    "embedding": (lambda model: model.get_input_embeddings(), RoundedEmbedding, r"embed_tokens"),
+    "sparse": (lambda model: model.model.layers[0].self_attn.o_proj, SparseLinear, r"layers\.0\.self_attn\.o_proj"),
+}
+
+
+@pytest.mark.parametrize("case", UNDERIVABLE)
+def test_a_layer_without_a_forward_derivative_is_named_when_the_callback_is_attached(case, trainer, probes, tmp_path):
+    find, kind, name = UNDERIVABLE[case]
+    find(trainer.model).__class__ = kind
+    state, weights = torch.get_rng_state(), weights_of(trainer)
+    modes = [module.training for module in trainer.model.modules()]
+    with pytest.raises(NotImplementedError, match=rf"{name} \(tests.*{kind.__name__}\) has no forward-mode derivative"):
+        watch(trainer, probes, influence=True)
+    assert_untouched(trainer, tmp_path)
+    assert not [m for m in trainer.model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert weights_of(trainer) == weights
+    assert [module.training for module in trainer.model.modules()] == modes
+    assert isinstance(watch(trainer, probes), ProbeCallback)
+
+
+def test_float16_weights_that_are_not_trained_do_not_matter(model_folder, tmp_path, probes):
+    trainer = build_trainer("sft", model_folder, tmp_path, lora=True)
+    for parameter in trainer.model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.half()
+    InfluenceCallback(trainer, probes)
 
 
 def test_non_reentrant_checkpointing_is_explained(trainer, probes):

@@ -337,3 +337,20 @@ def test_truncation_is_configured_by_the_names_that_the_callback_reads(config):
     assert defaults["truncation_mode"] == "keep_start", (
         f"{config.__name__} truncates by {defaults['truncation_mode']!r} now: see probes.TruncationRule"
     )
+
+
+def test_the_models_own_forward_is_found_past_the_autocast_of_accelerate(tmp_path):
+    trainer = build_trainer("sft", save_tiny_model(tmp_path / "model"), tmp_path / "run", bf16=True)
+    model, seen = trainer.model, []
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    ids = torch.tensor([[1, 2, 3]])
+    for _ in range(2):  # a second `train()` prepares the model again
+        trainer.accelerator.prepare_model(model)
+        prepared = vars(model)["forward"]
+        model(ids)
+        assert seen.pop(), "no autocast of accelerate begins inside the model's forward: _trl.outside_autocast can go"
+        with _trl.outside_autocast(model):
+            model(ids)
+        assert not seen.pop(), "accelerate keeps the model's own forward elsewhere: see _trl.outside_autocast"
+        assert vars(model)["forward"] == prepared
