@@ -6,9 +6,9 @@ import logging
 
 from datasets import Dataset
 from transformers import Trainer
-from trl import is_conversational
 
 from llm_dynamics.probes import ProbeSet
+from llm_dynamics.probes.forms import forms, is_messages, plain
 
 logger = logging.getLogger(__name__)
 
@@ -28,28 +28,12 @@ def warn_of_finished_training(trainer: Trainer) -> None:
         )
 
 
-def forms(trainer: Trainer, probes: ProbeSet) -> dict[str, str | bool | None]:
-    """Tell in which form the trainer's rows and the probes' prompts are.
-
-    Returns:
-        `rows`: "chat messages" or "plain text", as the first row is; None where that cannot be told (other columns than
-        TRL's, streams). `prompts`: the same of the probes; "both" where they differ. `chat_template`: whether the
-        tokenizer has one.
-    """
-    kinds = {"plain text" if isinstance(probe.prompt, str) else "chat messages" for probe in probes}
-    return {
-        "rows": _form_of_rows(trainer.train_dataset),
-        "prompts": "both" if len(kinds) > 1 else kinds.pop(),
-        "chat_template": getattr(trainer.processing_class, "chat_template", None) is not None,
-    }
-
-
 def warn_of_other_form(trainer: Trainer, probes: ProbeSet) -> None:
     """Warn where training rows are chat messages and all probes plain text, or the other way round.
 
     The tokens around a response then differ from those that training sees, and the probes say little about it.
     """
-    form = forms(trainer, probes)
+    form = forms(probes, trainer.processing_class, form_of_rows(trainer))
     if None in form.values() or form["prompts"] in ("both", form["rows"]) or not trainer.is_world_process_zero():
         return
     logger.warning(
@@ -62,10 +46,19 @@ def warn_of_other_form(trainer: Trainer, probes: ProbeSet) -> None:
     )
 
 
-def _form_of_rows(rows: object) -> str | None:
-    if not isinstance(rows, Dataset) or not len(rows):
+def form_of_rows(trainer: Trainer) -> str | None:
+    """Tell in which form the trainer's rows are, by the first: "chat messages" or "plain text".
+
+    Returns:
+        The form; None where that cannot be told: other columns than TRL's, streams, rows made on the fly (a look
+        at one would draw from the run's random numbers), and rows whose prompts an environment writes.
+    """
+    rows = trainer.train_dataset
+    if not isinstance(rows, Dataset) or not len(rows) or rows.format["type"] == "custom":
         return None
-    first = rows[0]
+    if getattr(trainer, "environment_factories", None):
+        return None
+    first = plain(rows[0])
     if not any(name in first for name in _TEXTS):
         return None
-    return "chat messages" if is_conversational(first) else "plain text"
+    return "chat messages" if any(is_messages(first.get(name)) for name in _TEXTS) else "plain text"

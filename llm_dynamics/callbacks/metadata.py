@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerState
 
-from llm_dynamics.callbacks.doubts import forms
+from llm_dynamics.callbacks.doubts import form_of_rows
 from llm_dynamics.likelihood.head import unwrap_model
+from llm_dynamics.probes.forms import forms
 
 if TYPE_CHECKING:
     from llm_dynamics.callbacks.probe import ProbeCallback
@@ -56,7 +57,7 @@ def describe_run(callback: ProbeCallback, state: TrainerState) -> dict[str, Any]
         "squeeze_strength": callback.squeeze_strength,
         "reference": callback.reference,
         "truncation": {"max_length": callback.truncation.max_length, "mode": callback.truncation.mode},
-        "forms": forms(trainer, callback.probes),
+        "forms": forms(callback.probes, tokenizer, form_of_rows(trainer)),
         "chat_template_kwargs": _plain(callback.chat_template_kwargs),
         "n_truncated": callback.encoded.n_truncated,
         "boundary_merges": callback.encoded.boundary_merges,

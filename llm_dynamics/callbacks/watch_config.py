@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase, Trainer
 
@@ -13,6 +11,7 @@ from llm_dynamics.callbacks.probe import ProbeCallback
 from llm_dynamics.callbacks.watch import watch
 from llm_dynamics.probes import FAMILIES, ProbeSet
 from llm_dynamics.probes.families import check_families
+from llm_dynamics.probes.forms import RowForm
 from llm_dynamics.probes.rows import Rows, as_records
 
 logger = logging.getLogger(__name__)
@@ -142,8 +141,8 @@ class WatchConfig:
 
         Args:
             trainer: A TRL or transformers trainer, before `train()`.
-            rows: The training rows, with `prompt` and `chosen` (and `rejected`) or `prompt` and `completion`. A column
-                that bears the name of a family holds its responses.
+            rows: The training rows, in any form that TRL's trainers take (see `ProbeSet.from_preference_dataset` and
+                `from_prompt_completion`). A column that bears the name of a family holds its responses.
             tokenizer: The trainer's; `random_tokens` needs it.
             held_out: Rows not trained on, for `other_test` and `random`.
 
@@ -181,8 +180,8 @@ class WatchConfig:
     def build_probes(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, *, held_out: Rows | None = None) -> ProbeSet:
         """Build the probe set from training rows.
 
-        Prompts are drawn from the rows that have all families that need a text of their own; other responses are drawn
-        from all rows.
+        Prompts are drawn from those that have all families that need a text of their own (if none has, from all); other
+        responses are drawn from all rows.
 
         Args:
             rows: As in `attach`.
@@ -193,53 +192,39 @@ class WatchConfig:
             Probes of `watch_families`.
 
         Raises:
-            ValueError: If no row has the families that need a text, naming them, or a family cannot be built.
+            ValueError: If no row has a text of a family that needs one, naming it, or a family cannot be built.
         """
         records = as_records(rows, "the training rows")
-        columns = {"chosen": "chosen" if "chosen" in records[0] else "completion"}
+        form = RowForm.of(records)
         families = list(self.watch_families)
-        if "rejected" in records[0]:
-            columns["rejected"] = "rejected"
-        elif "rejected" in families:
+        if "rejected" in families and not (form.rejected or form.label):
             families.remove("rejected")
             if not families:
                 raise ValueError("watch_families is ['rejected'], and the training rows have no 'rejected' column")
             logger.warning("the training rows have no 'rejected' column, so that family is not watched")
-        texts = ["chosen", *(name for name in families if name != "chosen" and FAMILIES[name].needs != "offline")]
-        names = [columns.get(name, name) for name in texts]
-        complete = [record for record in records if all(record.get(name) for name in names)]
-        if not complete:
+        written = {name: name for name in families if FAMILIES[name].needs in ("column", "writer")}
+        absent = [
+            name for name in written if name not in ("chosen", "rejected") and not any(r.get(name) for r in records)
+        ]
+        if absent:
             raise ValueError(
-                f"watch_families is {self.watch_families}: no training row has all of the columns {names}; seen: "
+                f"watch_families is {self.watch_families}: no training row has any of {absent}; seen: "
                 f"{list(records[0])}. Leave out what the data lacks, or build a probe set with `llm-dynamics probes "
                 "build` and give its path as watch_probes"
             )
-        probes = ProbeSet.from_records(
-            complete,
-            columns=columns,
-            families=texts,
-            n_prompts=min(self.watch_prompts, len(complete)),
+        return ProbeSet.from_records(
+            records,
+            columns={"chosen": "chosen", **written},
+            families=families,
+            n_prompts=self.watch_prompts,
+            at_most=True,
             seed=self.watch_seed,
+            held_out=held_out,
+            tokenizer=tokenizer,
             source={"kind": "training rows"},
         )
-        training = _as_candidates(records, columns["chosen"])
-        for name in families:
-            if name not in texts:
-                probes = probes.add_family(
-                    name,
-                    training_rows=training,
-                    held_out=held_out,
-                    tokenizer=tokenizer,
-                    seed=self.watch_seed,
-                )
-        return probes.select(families=families)
 
     def _whole(self, name: str, least: int, allowed: str) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
-
-
-def _as_candidates(records: Sequence[Mapping[str, Any]], chosen: str) -> list[dict[str, Any]]:
-    """Return prompts and chosen responses alone, which is all that partners are drawn from."""
-    return [{"prompt": record.get("prompt"), "chosen": record.get(chosen)} for record in records]

@@ -39,7 +39,7 @@ app = typer.Typer(
 
 @app.command("build")
 def build_probes(
-    source: Annotated[Path, typer.Argument(help="JSONL file of preference rows.")],
+    source: Annotated[Path, typer.Argument(help="JSONL file of rows that TRL trains on.")],
     output: Annotated[Path, typer.Argument(help="Parquet file to write.")],
     family: Annotated[
         list[str] | None,
@@ -56,27 +56,33 @@ def build_probes(
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer (hub id or folder), needed for the family random_tokens.")
     ] = None,
+    as_chat: Annotated[
+        bool,
+        typer.Option("--as-chat", "--as_chat", help="Make plain text chat messages, as recipes do with --as_chat."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")] = False,
 ) -> None:
     """Build a probe set from preference rows (prompt, chosen, rejected) and save it.
 
-    A prompt and its responses are texts, or chat messages. Rows of prompt and completion do, too: then nothing is
-    rejected. The file goes to `watch(trainer, probes)`, `--watch_probes` of the recipes, and `llm-dynamics score`.
+    A prompt and its responses are texts, or chat messages. Any other rows that TRL trains on do, too: prompt and
+    completion (with KTO's label, too), messages, conversations, text. The file goes to `watch(trainer, probes)`,
+    `--watch_probes` of the recipes, and `llm-dynamics score`.
 
     Example: `llm-dynamics probes build pairs.jsonl probes.parquet --prompts 50 --held-out test.jsonl`
     """
     from llm_dynamics.probes import ProbeSet
     from llm_dynamics.probes.families import FAMILIES
+    from llm_dynamics.probes.forms import RowForm
 
     rows = _read_rows(source)
     columns = _parse_columns(column or [])
     seen = dict.fromkeys(name for row in rows for name in row)
-    is_pair = not ("completion" in seen and seen.keys().isdisjoint({"chosen", "rejected"}))
-    pair = {"chosen": ["chosen"], "rejected": ["rejected"]} if is_pair else {"chosen": ["completion"]}
-    columns = pair | columns
-    _check_columns(columns, seen, source)
     prompt = columns.pop("prompt", ["prompt"])[0]
+    form = RowForm.of(rows, {"prompt": prompt} | {name: names[0] for name, names in columns.items() if len(names) == 1})
+    pair = {"chosen": ["chosen"]} | ({"rejected": ["rejected"]} if form.rejected or form.label else {})
+    _check_columns(columns | ({} if prompt == "prompt" else {"prompt": [prompt]}), seen, source)
+    columns = pair | columns
     if family is None:
         written = [name for name in FAMILIES if FAMILIES[name].needs == "writer" and name in seen]
         offline = ["other_train", "ungrammatical"]
@@ -85,9 +91,9 @@ def build_probes(
         family = [*columns, *written, *offline]
         family = list(dict.fromkeys(family))
     with warnings_as_lines(_as_flags), _naming_flags():
-        make = ProbeSet.from_preference_dataset if "rejected" in columns else ProbeSet.from_prompt_completion
-        probes = make(
+        probes = ProbeSet.from_records(
             rows,
+            source={"kind": "preference dataset" if "rejected" in columns else "prompt-completion dataset"},
             families=family,
             columns={name: own[0] if len(own) == 1 else own for name, own in columns.items()},
             n_prompts=prompts,
@@ -95,6 +101,7 @@ def build_probes(
             held_out=_read_rows(held_out) if held_out else None,
             tokenizer=_tokenizer(tokenizer),
             prompt=prompt,
+            as_chat=as_chat,
         )
     path = probes.save(output)
     if as_json:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -58,6 +60,23 @@ def keeping_rope(model: nn.Module) -> Iterator[None]:
                 setattr(module, name, value)
             for name, (buffer, content) in buffers.items():
                 setattr(module, name, buffer.copy_(content))  # some are written in place, some are replaced
+
+
+@contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Restore the global random state of Python, NumPy and torch (CPU and, where it is in use, CUDA) at the end.
+
+    Yields:
+        None.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, TypedDict
 
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +16,7 @@ from llm_dynamics.probes.probe import DroppedProbe, Probe
 from llm_dynamics.probes.rephrase import Rephraser
 from llm_dynamics.probes.rows import (
     NOT_GIVEN,
+    REPEATED,
     Columns,
     DropIf,
     Missing,
@@ -25,7 +25,7 @@ from llm_dynamics.probes.rows import (
     as_records,
     choose_rows,
     is_unicode,
-    preference_records,
+    one_row_per_prompt,
     read_rows,
 )
 
@@ -39,7 +39,7 @@ class BuildOptions(TypedDict, total=False):
     Attributes:
         prompt: Name of the prompt column.
         families: Families wanted; None for those with a column.
-        n_prompts: How many prompts to draw (by a hash of their contents and the seed); None for all.
+        n_prompts: How many distinct prompts to draw (by a hash of their contents and the seed); None for all.
         seed: Seed of every draw.
         held_out: Rows that are not trained on; `other_test` and `random` draw from them.
         tokenizer: The trainer's tokenizer; `random_tokens` needs it.
@@ -47,6 +47,8 @@ class BuildOptions(TypedDict, total=False):
         join: `reference`: chosen and rejected stay byte for byte, every other response gets the leading whitespace of
             its row's chosen response and no trailing whitespace. `as_is`: nothing is changed.
         drop_if: By family, a text that must not occur in a response, or a test that is true for those to drop.
+        as_chat: Make plain prompts and responses chat messages, so that the chat template is applied.
+        at_most: Draw at most `n_prompts`, from the prompts that have a text of every family, where there are any.
     """
 
     prompt: str
@@ -58,10 +60,12 @@ class BuildOptions(TypedDict, total=False):
     rephraser: Rephraser | None
     join: str
     drop_if: DropIf | None
+    as_chat: bool
+    at_most: bool
 
 
 def build_probes(
-    records: Sequence[Mapping[str, Any]],
+    data: Rows,
     *,
     columns: Columns,
     source: Mapping[str, Any],
@@ -74,11 +78,13 @@ def build_probes(
     rephraser: Rephraser | None = None,
     join: str = "reference",
     drop_if: DropIf | None = None,
+    as_chat: bool = False,
+    at_most: bool = False,
 ) -> tuple[list[Probe], list[DroppedProbe], dict[str, Any]]:
-    """Build the probes of `families` from records with an explicit prompt.
+    """Build the probes of `families` from rows of any form, one row per distinct prompt.
 
     Args:
-        records: The records, each with a prompt.
+        data: The rows.
         columns: By family, its column or columns.
         source: Where the records came from, for the metadata.
         prompt: This and the rest: see `BuildOptions`.
@@ -90,6 +96,8 @@ def build_probes(
         rephraser: Writer of the families that need one.
         join: `reference` or `as_is`.
         drop_if: What to drop.
+        as_chat: Make plain text chat messages.
+        at_most: Draw at most `n_prompts`, from the prompts that have a text of every family, where there are any.
 
     Returns:
         Probes, dropped probes, metadata.
@@ -97,22 +105,33 @@ def build_probes(
     Raises:
         ValueError: For each kind of bad input, saying what was seen and what to change.
     """
-    wanted = check_families(list(columns) if families is None else families)
+    check_families(list(columns) if families is None else families)
     check_families([*columns])
     if drop_if:
         check_families([*drop_if])
     check_join(join, columns)
-    seen = set().union(*(record.keys() for record in records))
+    records = as_records(data)
+    seen = set().union(*records)
     # A writer's family whose column bears its name needs no mapping; other names are too likely to mean something else.
-    implied = {name: name for name in wanted if FAMILIES[name].needs == "writer" and name in seen}
-    all_rows = read_rows(records, prompt=prompt, columns={**implied, **columns})
+    implied = {name: name for name in families or () if FAMILIES[name].needs == "writer" and name in seen}
+    named = {**implied, **columns}
+    all_rows, odd, form = read_rows(records, prompt=prompt, columns=named, as_chat=as_chat)
+    if form.label:
+        named["rejected"] = form.chosen
+    wanted = check_families(list(named) if families is None else families)
     for row in all_rows:  # before anything is built from them
         for family, texts in row.texts.items():
             row.texts[family] = [_checked(text, (drop_if or {}).get(family)) for text in texts]
-    rows = choose_rows(all_rows, n_prompts, seed)
+    rows, repeated = one_row_per_prompt(all_rows, seed)
+    if at_most and n_prompts is not None:
+        needed = {name if FAMILIES[name].needs != "offline" else "chosen" for name in wanted}
+        complete = [row for row in rows if all(row.first(name) for name in needed)]
+        rows = complete or rows
+        n_prompts = min(n_prompts, len(rows))
+    rows = choose_rows(rows, n_prompts, seed)
     made_by = {
         family: {"made_by": "column", "columns": [names] if isinstance(names, str) else list(names)}
-        for family, names in {**implied, **columns}.items()
+        for family, names in named.items()
         if family in wanted
     }
     means = Source(
@@ -120,7 +139,7 @@ def build_probes(
         training=pairs_of(all_rows),
         held_out=None
         if held_out is None
-        else pairs_of(read_candidates(held_out, prompt=prompt, columns=columns, what="held_out")),
+        else pairs_of(read_candidates(held_out, prompt=prompt, columns=columns, what="held_out", as_chat=as_chat)),
         seed=seed,
         tokenizer=tokenizer,
         rephraser=rephraser,
@@ -128,11 +147,15 @@ def build_probes(
     for family in wanted:
         if family not in made_by:
             made_by[family] = build_family(family, means)
-    probes, dropped = collect_probes(rows, wanted, join=join, drop_if=drop_if)
+    watched = {row.source_row: row.prompt_id for row in all_rows}
+    kept = {row.prompt_id for row in rows}
+    left_out = odd + [item for item in repeated if watched[item.source_row] in kept]
+    left_out = [item for item in left_out if item.family in wanted]
+    probes, dropped = collect_probes(rows, wanted, join=join, drop_if=drop_if, left_out=left_out)
     metadata = {
         "seed": seed,
         "join": join,
-        "source": {**source, "n_rows": len(records)},
+        "source": {**source, "n_rows": len(records), **({"as_chat": True} if as_chat else {})},
         "n_prompts_asked": n_prompts,
         "families": {family: made_by[family] for family in wanted},
     }
@@ -155,24 +178,24 @@ def check_join(join: str, families: Mapping[str, Any] | Sequence[str]) -> None:
 
 
 def read_candidates(
-    rows: Rows, *, prompt: str = "prompt", columns: Columns = MappingProxyType({}), what: str
+    rows: Rows, *, prompt: str = "prompt", columns: Columns | None = None, what: str, as_chat: bool = False
 ) -> list[Row]:
-    """Return the rows that partners are drawn from; preference or prompt-completion, whatever their form.
+    """Return the rows that partners are drawn from, whatever their form.
 
     Raises:
         ValueError: If a column is missing.
     """
-    records = as_records(rows, what)
-    chosen = columns.get("chosen", "chosen")
-    if chosen == "chosen" and "chosen" not in records[0] and "completion" in records[0]:
-        chosen = "completion"
-    if prompt not in records[0]:
-        records = preference_records(records, prompt=prompt, columns=columns, what=what)
-    return read_rows(records, prompt=prompt, columns={"chosen": chosen}, what=what)
+    names = {family: column for family, column in (columns or {}).items() if family == "chosen"}
+    return read_rows(rows, prompt=prompt, columns=names, what=what, as_chat=as_chat).rows
 
 
 def collect_probes(
-    rows: Sequence[Row], families: Sequence[str], *, join: str, drop_if: DropIf | None = None
+    rows: Sequence[Row],
+    families: Sequence[str],
+    *,
+    join: str,
+    drop_if: DropIf | None = None,
+    left_out: Sequence[DroppedProbe] = (),
 ) -> tuple[list[Probe], list[DroppedProbe]]:
     """Return the probes and the dropped ones; one warning counts what was dropped.
 
@@ -182,6 +205,7 @@ def collect_probes(
         join: `reference`: trained families stay byte for byte; any other gets the leading whitespace of its row's
             chosen response and no trailing whitespace. `as_is`: nothing changes.
         drop_if: By family, what to drop.
+        left_out: What was dropped before.
 
     Returns:
         Probes (by row, then by family) and dropped probes.
@@ -190,7 +214,7 @@ def collect_probes(
         ValueError: If no probe is left.
     """
     probes: list[Probe] = []
-    dropped: list[DroppedProbe] = []
+    dropped = list(left_out)
     for row in rows:
         reference = row.first("chosen") or row.first("rejected") or ""
         lead = reference[: len(reference) - len(reference.lstrip())]
@@ -205,7 +229,7 @@ def collect_probes(
                 probe_id = f"{row.prompt_id}/{family}" + (f"-{index + 1}" if index else "")
                 response = text if keep else lead + text.strip()
                 probes.append(Probe(probe_id, row.prompt_id, row.prompt, response, family, row.source_row, ids))
-    counts = Counter((item.family, item.reason) for item in dropped if item.reason != NOT_GIVEN)
+    counts = Counter((item.family, item.reason) for item in dropped if item.reason not in (NOT_GIVEN, REPEATED))
     listed = "; ".join(f"{family}: {n} x {reason}" for (family, reason), n in counts.items())
     if not probes:
         raise ValueError(f"No probe is left: {listed or 'no row gives a response'}.")

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llm_dynamics.probes import rows
 from llm_dynamics.probes.build import check_join, collect_probes, read_candidates
 from llm_dynamics.probes.builders import Source, build_family, pairs_of
 from llm_dynamics.probes.families import FAMILY_ORDER, check_families, stable_hash
 from llm_dynamics.probes.probe import DroppedProbe, Probe, prompt_identity
 from llm_dynamics.probes.rephrase import Rephraser
-from llm_dynamics.probes.rows import NOT_GIVEN, DropIf, Missing, Row, Rows
+from llm_dynamics.probes.rows import DropIf, Row, Rows, read_texts
 
 if TYPE_CHECKING:
     from llm_dynamics.probes.probe_set import ProbeSet
@@ -95,13 +94,16 @@ def add_family(
     join = metadata.get("join", "reference") if join is None else join
     check_join(join, (*probe_set.families, name))
     own = _rows(probe_set)
+    as_chat = not any(isinstance(row.prompt, str) for row in own)
     made_by: dict[str, Any] = {"made_by": "given to add_family"}
     if responses is None:
-        extra = [] if training_rows is None else read_candidates(training_rows, what="training_rows")
+        extra = [] if training_rows is None else read_candidates(training_rows, what="training_rows", as_chat=as_chat)
         means = Source(
             own,
             training=pairs_of([*own, *extra]),
-            held_out=None if held_out is None else pairs_of(read_candidates(held_out, what="held_out")),
+            held_out=None
+            if held_out is None
+            else pairs_of(read_candidates(held_out, what="held_out", as_chat=as_chat)),
             seed=seed,
             tokenizer=tokenizer,
             rephraser=rephraser,
@@ -145,6 +147,4 @@ def _give(
     if unknown:
         raise ValueError(f"responses names prompts that are not in the set: {unknown[:3]}.")
     for row in own_rows:
-        row.texts[name] = rows.read_responses(
-            responses.get(row.prompt_id), f"responses for {row.prompt_id}", chat=not isinstance(row.prompt, str)
-        ) or [Missing(NOT_GIVEN)]
+        row.texts[name] = read_texts(responses.get(row.prompt_id), row.prompt)

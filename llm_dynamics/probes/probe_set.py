@@ -14,12 +14,12 @@ import pandas as pd
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llm_dynamics.probes import change, rows, storage, tables
+from llm_dynamics.probes import change, storage, tables
 from llm_dynamics.probes.build import BuildOptions, build_probes
 from llm_dynamics.probes.families import check_families
 from llm_dynamics.probes.probe import DroppedProbe, Probe, prompt_identity
 from llm_dynamics.probes.rephrase import Rephraser
-from llm_dynamics.probes.rows import Columns, DropIf, Rows
+from llm_dynamics.probes.rows import Columns, DropIf, Rows, as_records, read_jsonl
 
 
 class ProbeSet(Sequence[Probe]):
@@ -67,57 +67,33 @@ class ProbeSet(Sequence[Probe]):
         cls,
         dataset: Rows,
         *,
-        families: Sequence[str] | None = None,
-        n_prompts: int | None = None,
-        seed: int = 0,
-        held_out: Rows | None = None,
         columns: Columns | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        rephraser: Rephraser | None = None,
-        join: str = "reference",
-        prompt: str = "prompt",
-        drop_if: DropIf | None = None,
+        **options: Unpack[BuildOptions],
     ) -> ProbeSet:
-        """Make probes from preference rows, in any form that `DPOTrainer` takes: plain, implicit prompt, chat.
+        """Make probes from preference rows, in any form that `DPOTrainer` or `KTOTrainer` takes.
 
         Args:
-            dataset: A `datasets.Dataset`, a data frame, or dictionaries.
-            families: Families wanted; by default chosen and rejected, and those of `columns`.
-            n_prompts: How many prompts to draw (by a hash of their contents and the seed); None for all.
-            seed: Seed of every draw.
-            held_out: Rows that are not trained on; `other_test` and `random` draw from them.
+            dataset: A `datasets.Dataset`, a data frame, or dictionaries: plain or chat, with a prompt column or the
+                prompt inside both responses, or KTO's rows of a completion with its label.
             columns: By family, the column that holds it, or several. The family of a writer needs no entry if a
                 column bears its name.
-            tokenizer: The trainer's tokenizer; `random_tokens` needs it.
-            rephraser: Writes the writer's families that have no column.
-            join: `reference`: chosen and rejected stay byte for byte, every other response gets the leading whitespace
-                of its row's chosen response and no trailing whitespace. `as_is`: nothing is changed.
-            prompt: Name of the prompt column.
-            drop_if: By family, a text that must not occur in a response, or a test that is true for those to drop.
+            **options: See `BuildOptions`. `families`: those wanted; by default chosen and rejected, and those of
+                `columns`. `n_prompts`: how many distinct prompts to draw; None for all. `seed` of every draw.
+                `held_out`: rows that are not trained on; `other_test` and `random` draw from them. `tokenizer`: the
+                trainer's; `random_tokens` needs it. `rephraser` writes the writer's families that have no column.
+                `join`: `reference` (chosen and rejected stay byte for byte, every other response gets the leading
+                whitespace of its row's chosen response and no trailing whitespace) or `as_is`. `prompt`: name of the
+                prompt column. `drop_if`: by family, a text that must not occur, or a test that is true for those to
+                drop. `as_chat`: make plain prompts and responses chat messages, as the recipes' `--as_chat` does.
 
         Returns:
-            The set, by row and then by family.
+            The set, by row and then by family: one row per distinct prompt, whose ids depend on the prompt alone.
 
         Raises:
             ValueError: For bad input, saying what was seen and what to change.
         """
         mapping = {"chosen": "chosen", "rejected": "rejected", **(columns or {})}
-        records = rows.preference_records(dataset, prompt=prompt, columns=mapping)
-        parts = build_probes(
-            records,
-            columns=mapping,
-            source={"kind": "preference dataset"},
-            prompt=prompt,
-            families=families,
-            n_prompts=n_prompts,
-            seed=seed,
-            held_out=held_out,
-            tokenizer=tokenizer,
-            rephraser=rephraser,
-            join=join,
-            drop_if=drop_if,
-        )
-        return cls._built(parts)
+        return cls._built(build_probes(dataset, columns=mapping, source={"kind": "preference dataset"}, **options))
 
     @classmethod
     def from_prompt_completion(
@@ -128,14 +104,16 @@ class ProbeSet(Sequence[Probe]):
         completion: str = "completion",
         **options: Unpack[BuildOptions],
     ) -> ProbeSet:
-        """Make probes from the prompt-completion rows of `SFTTrainer`; the completion is family `chosen`.
+        """Make probes from the rows of `SFTTrainer`: prompt and completion, `messages`, `conversations` or `text`.
+
+        The completion is family `chosen`; of a conversation it is the last assistant turn, of a text without turns its
+        second half. With KTO's labels, the completions labelled False are `rejected`.
 
         Args:
             dataset: A `datasets.Dataset`, a data frame, or dictionaries.
             columns: By family, its column or columns; by default there is the completion only.
             completion: Name of the completion column.
-            **options: `families`, `n_prompts`, `seed`, `held_out`, `tokenizer`, `rephraser`, `join`, `prompt` and
-                `drop_if`, as in `from_preference_dataset`.
+            **options: As in `from_preference_dataset`.
 
         Returns:
             The set, by row and then by family.
@@ -145,7 +123,7 @@ class ProbeSet(Sequence[Probe]):
         """
         mapping = {"chosen": completion, **(columns or {})}
         source = {"kind": "prompt-completion dataset"}
-        return cls._built(build_probes(rows.as_records(dataset), columns=mapping, source=source, **options))
+        return cls._built(build_probes(dataset, columns=mapping, source=source, **options))
 
     @classmethod
     def from_records(
@@ -163,8 +141,7 @@ class ProbeSet(Sequence[Probe]):
             columns: By family, its column, or several columns (then `-2`, `-3`... is added to the later ids). A cell
                 may also hold a list of texts, or None if this row has none.
             source: Where the records came from, for the metadata; JSON-able.
-            **options: `families`, `n_prompts`, `seed`, `held_out`, `tokenizer`, `rephraser`, `join`, `prompt` and
-                `drop_if`, as in `from_preference_dataset`. Families that have no column are built or written.
+            **options: As in `from_preference_dataset`. Families that have no column are built or written.
 
         Returns:
             The set, by row and then by family.
@@ -173,7 +150,7 @@ class ProbeSet(Sequence[Probe]):
             ValueError: For bad input, saying what was seen and what to change.
         """
         described = {"kind": "records", **(source or {})}
-        return cls._built(build_probes(rows.as_records(records), columns=columns, source=described, **options))
+        return cls._built(build_probes(records, columns=columns, source=described, **options))
 
     @classmethod
     def from_jsonl(cls, path: str | Path, *, columns: Columns, **options: Unpack[BuildOptions]) -> ProbeSet:
@@ -192,7 +169,7 @@ class ProbeSet(Sequence[Probe]):
         """
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         source = {"kind": "jsonl", "file": Path(path).name, "sha256": digest}
-        records = rows.as_records(rows.read_jsonl(path), str(path))
+        records = as_records(read_jsonl(path), str(path))
         return cls._built(build_probes(records, columns=columns, source=source, **options))
 
     @classmethod
@@ -247,11 +224,10 @@ class ProbeSet(Sequence[Probe]):
         return f"ProbeSet({len(self)} probes, {len(self.prompt_ids)} prompts, families: {', '.join(self.families)})"
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 (hex) of the probes in order: equal exactly when two sets hold the same probes."""
-        digest = hashlib.sha256()
-        for probe in self._probes:
-            digest.update(json.dumps(storage.probe_record(probe), sort_keys=True).encode() + b"\n")
-        return digest.hexdigest()
+        """Return a SHA-256 (hex), equal exactly when two sets hold the same probes, whatever rows they are from."""
+        records = [{**storage.probe_record(probe), "source_row": None} for probe in self._probes]
+        lines = sorted(json.dumps(record, sort_keys=True) for record in records)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def summary(self) -> pd.DataFrame:
         """Return one row per family, dropped ones included, in canonical order.

@@ -1,20 +1,25 @@
-"""Reading source data, whatever its form, into rows of one prompt with its texts."""
+"""Reading source data, whatever its container and form, into rows of one prompt with its texts."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
 
 import pandas as pd
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from trl import extract_prompt
 
-from llm_dynamics.probes.families import stable_hash
-from llm_dynamics.probes.probe import Prompt, prompt_identity
+from llm_dynamics.likelihood.preserve import keeping_random_state
+from llm_dynamics.probes.families import TRAINED_FAMILIES, stable_hash
+from llm_dynamics.probes.forms import WHOLE, OddRow, RowForm, is_messages, plain, response_text
+from llm_dynamics.probes.probe import DroppedProbe, Prompt, prompt_identity
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +27,9 @@ Rows: TypeAlias = "Dataset | pd.DataFrame | Iterable[Mapping[str, Any]]"
 Columns: TypeAlias = Mapping[str, str | Sequence[str]]
 DropIf: TypeAlias = Mapping[str, str | Callable[[str], bool]]
 NOT_GIVEN = "not given in this row"
+REPEATED = "another response to a prompt that is watched"
+STREAM_ROWS = 10_000
+"""Rows read of a stream, which may have no end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,23 +62,41 @@ class Row:
         return next((text for text in self.texts.get(family, ()) if isinstance(text, str) and text.strip()), None)
 
 
+class ReadRows(NamedTuple):
+    """What was read of a data set.
+
+    Attributes:
+        rows: One per row that holds a prompt, in order.
+        dropped: The others, with the reason, by family.
+        form: Where the data holds prompt and responses.
+    """
+
+    rows: list[Row]
+    dropped: list[DroppedProbe]
+    form: RowForm
+
+
 def as_records(rows: Rows, what: str = "rows") -> list[Mapping[str, Any]]:
     """Return the rows of a dataset, a data frame or an iterable as a list of mappings.
+
+    Of a stream (what has no length) the first `STREAM_ROWS` are read, with a word if there are more. Reading leaves the
+    global random state as it was: rows may be made on the fly.
 
     Raises:
         ValueError: If there are none, or it is not rows (a text, a `DatasetDict`...).
     """
     if isinstance(rows, DatasetDict | IterableDatasetDict):
         raise ValueError(f"{what} holds the splits {list(rows)}; choose one, e.g. dataset[{next(iter(rows))!r}].")
-    records: list[Any]
-    if isinstance(rows, pd.DataFrame):
-        records = [dict(record) for record in rows.to_dict("records")]
-    elif isinstance(rows, Dataset | IterableDataset) or (
-        isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping)
+    if not isinstance(rows, pd.DataFrame | Dataset | IterableDataset | Iterable) or isinstance(
+        rows, str | bytes | Mapping
     ):
-        records = list(rows)
-    else:
         raise ValueError(f"{what} is a {type(rows).__name__}; give a datasets.Dataset or a list of dictionaries.")
+    with keeping_random_state():
+        given: Iterable[Any] = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
+        records = list(given) if isinstance(given, Sized) else list(islice(given, STREAM_ROWS + 1))
+    if len(records) > STREAM_ROWS and not isinstance(rows, Sized):
+        records.pop()
+        logger.warning("%s is a stream: probes are made of its first %d rows", what, STREAM_ROWS)
     if not records:
         raise ValueError(f"{what} is empty (zero rows); give at least one.")
     for index, record in enumerate(records):
@@ -80,22 +106,24 @@ def as_records(rows: Rows, what: str = "rows") -> list[Mapping[str, Any]]:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON Lines file; blank lines are skipped.
+    """Return the objects of a JSON Lines file, with or without a byte order mark; blank lines are skipped.
 
     Raises:
-        ValueError: If a line is no JSON object, naming file and line, or the file is not UTF-8 text.
+        ValueError: If a line is no JSON object, naming file and line, or the file is no UTF-8 or UTF-16 text.
     """
-    records = []
+    content = Path(path).read_bytes()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = content.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text, so no JSON Lines file: {error}") from error
+    records = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}: a JSON {type(record).__name__}; each line must be an object.")
@@ -103,82 +131,115 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def preference_records(rows: Rows, *, prompt: str, columns: Columns, what: str = "rows") -> list[Mapping[str, Any]]:
-    """Return preference rows with an explicit prompt; an implicit one is extracted as `DPOTrainer` does.
+def read_rows(
+    rows: Rows,
+    *,
+    prompt: str = "prompt",
+    columns: Columns = MappingProxyType({}),
+    what: str = "rows",
+    as_chat: bool = False,
+) -> ReadRows:
+    """Read rows in any container and any form that TRL's trainers take: the one reader of this package.
 
-    As in `DPOTrainer`, the first row decides for all whether the prompt is implicit.
-
-    Raises:
-        ValueError: If the prompt column is absent and the responses are not two columns to extract it from.
-    """
-    records = as_records(rows, what)
-    if prompt in records[0]:
-        return records
-    names = [columns.get("chosen", "chosen"), columns.get("rejected", "rejected")]
-    if not all(isinstance(name, str) and name in record for name in names for record in records):
-        raise ValueError(
-            missing_column(prompt, records, what, f"without it, {names[0]!r} and {names[1]!r} must both be there")
-        )
-    logger.warning(
-        "no column %r in %s (seen: %s): the common beginning of %r and %r is taken as the prompt, as DPOTrainer does",
-        prompt,
-        what,
-        ", ".join(map(str, records[0])),
-        *names,
-    )
-    chosen, rejected = names
-    extracted: list[Mapping[str, Any]] = []
-    for index, record in enumerate(records):
-        if not record[chosen] or not record[rejected]:  # type: ignore[index]
-            raise ValueError(
-                f"{what}: row {index} has an empty {chosen!r} or {rejected!r}, so no prompt can be extracted from it. "
-                f"Remove the row, or give a {prompt!r} column."
-            )
-        parts = extract_prompt({"chosen": record[chosen], "rejected": record[rejected]})  # type: ignore[index]
-        if isinstance(parts["prompt"], str) and not parts["prompt"].strip():
-            raise ValueError(
-                missing_column(prompt, records, what, f"{chosen!r} and {rejected!r} of row {index} share no beginning")
-            )
-        extracted.append({**record, prompt: parts["prompt"], chosen: parts["chosen"], rejected: parts["rejected"]})  # type: ignore[dict-item]
-    return extracted
-
-
-def read_rows(records: Sequence[Mapping[str, Any]], *, prompt: str, columns: Columns, what: str = "rows") -> list[Row]:
-    """Return one `Row` per record, in order.
+    Pairs with or without a prompt column, prompt and completion, with KTO's label or without, `messages`,
+    `conversations`, `text`; texts or chat messages. Where a text or a conversation holds all, its last assistant turn
+    (of a text without turns, its second half) is `chosen` and what stands before it the prompt: the ids are those that
+    the trainer makes of the whole.
 
     Args:
-        records: The records.
+        rows: The rows.
         prompt: Name of the prompt column.
         columns: By family, the name of its column, or of several. A cell may hold a text, a list of texts, or one
-            assistant message (a list of one), or nothing (None, NaN, an empty list, or no such key in this row).
+            assistant message (a list of one), or nothing (None, NaN, an empty list, or no such key in this row). The
+            response that a form gives needs no entry.
         what: Name of the data, for messages.
+        as_chat: Make plain prompts and responses chat messages.
 
     Returns:
-        The rows; `prompt_id` is `p` and the zero-padded row number.
+        A `Row` per row that holds a prompt, and what was dropped; `Row.first("chosen")` is its response.
 
     Raises:
-        ValueError: If a column is absent from every row, or a cell is not one of the above.
+        ValueError: If a column is absent from every row, or no row can be read; it says why.
     """
-    seen = set().union(*(record.keys() for record in records))
+    records = as_records(rows, what)
     named = {family: [names] if isinstance(names, str) else list(names) for family, names in columns.items()}
-    for column in [prompt, *(column for names in named.values() for column in names)]:
-        if column not in seen:
-            raise ValueError(missing_column(column, records, what))
-    rows = []
+    single = {family: names[0] for family, names in named.items() if family in TRAINED_FAMILIES and len(names) == 1}
+    form = RowForm.of(records, {"prompt": prompt, **single}, as_chat=as_chat)
+    seen = set().union(*records)
+    given = {
+        "chosen": form.chosen in seen or not seen.isdisjoint(WHOLE),
+        "rejected": bool(form.rejected or form.label),
+    }
+    families = dict.fromkeys([*(named or ("chosen",)), *(family for family in given if given[family])])
+    found: list[Row] = []
+    dropped: list[DroppedProbe] = []
     for index, record in enumerate(records):
-        row = Row(f"p{index:05d}", index, _read_prompt(record.get(prompt), f"{what}: row {index}, column {prompt!r}"))
-        if not isinstance(row.prompt, str):
-            _refuse_row_templates(record, index, what)
-        for family, names in named.items():
-            row.texts[family] = [
-                text
-                for name in names
-                for text in read_responses(
-                    record.get(name), f"{what}: row {index}, column {name!r}", chat=not isinstance(row.prompt, str)
-                )
-            ]
-        rows.append(row)
-    return rows
+        try:
+            explicit = form.explicit(record)
+            asked = _prompt(explicit["prompt"])
+            if not isinstance(asked, str):
+                _refuse_row_templates(record)
+        except OddRow as error:
+            dropped += [DroppedProbe(index, family, str(error)) for family in families]
+            continue
+        row = Row(prompt_id(asked), index, asked)
+        for family in families:
+            several = family in named and family not in single
+            cells = [record.get(name) for name in named[family]] if several else [explicit.get(family)]
+            row.texts[family] = [text for cell in cells for text in read_texts(cell, asked)]
+        found.append(row)
+    if not found:
+        reasons = Counter(item.reason for item in dropped if item.family == next(iter(families)))
+        listed = "; ".join(f"{n} x {reason}" for reason, n in reasons.items())
+        if prompt not in seen:
+            raise ValueError(missing_column(prompt, records, what, f"without it: {listed}"))
+        raise ValueError(f"{what}: no row can be read: {listed}. Seen: {', '.join(map(repr, _keys(records)))}.")
+    for family in families:
+        for column in named.get(family, ["chosen"]):
+            if column not in seen and not (given.get(family) and (family in single or family not in named)):
+                raise ValueError(missing_column(column, records, what))
+    if prompt not in seen and form.rejected and form.chosen in seen:
+        logger.warning(
+            "no column %r in %s (seen: %s): the common beginning of %r and %r is taken as the prompt, as DPOTrainer "
+            "does",
+            prompt, what, ", ".join(map(str, records[0])), form.chosen, form.rejected,
+        )  # fmt: skip
+    return ReadRows(found, dropped, form)
+
+
+def prompt_id(prompt: Prompt) -> str:
+    """Return the id of a prompt: the same for the same prompt, whatever other rows there are."""
+    return f"p{stable_hash('prompt', prompt_identity(prompt)) & 0xFFFFFFFFFFFF:012x}"
+
+
+def one_row_per_prompt(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[DroppedProbe]]:
+    """Return one of the rows of every prompt, by contents and seed; what it lacks is taken from the others.
+
+    Prompts that differ in the whitespace around them count as one.
+
+    Args:
+        rows: The rows.
+        seed: Seed of the choice.
+
+    Returns:
+        Rows of distinct prompts, in the order of the rows, and the responses that are left out.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_without_margins(row.prompt), []).append(row)
+    chosen: list[Row] = []
+    dropped: list[DroppedProbe] = []
+    for group in groups.values():
+        first, *others = sorted(group, key=lambda row: (_rank(row, seed), prompt_identity(row.prompt), str(row.texts)))
+        kept = replace(first, texts=dict(first.texts))
+        for row in others:
+            for family, texts in row.texts.items():
+                if kept.first(family) is None and row.first(family) is not None:
+                    kept.texts[family] = texts
+                elif row.first(family) is not None and row.first(family) != kept.first(family):
+                    dropped.append(DroppedProbe(row.source_row, family, REPEATED))
+        chosen.append(kept)
+    return sorted(chosen, key=lambda row: row.source_row or 0), dropped
 
 
 def choose_rows(rows: Sequence[Row], n_prompts: int | None, seed: int) -> list[Row]:
@@ -193,97 +254,71 @@ def choose_rows(rows: Sequence[Row], n_prompts: int | None, seed: int) -> list[R
         raise ValueError(f"n_prompts is {n_prompts}; it must be at least 1, or None for all.")
     if n_prompts > len(rows):
         raise ValueError(f"n_prompts is {n_prompts} and there are {len(rows)} prompts; ask for fewer, or None for all.")
-    ranks = [stable_hash(seed, "choose", prompt_identity(row.prompt), row.first("chosen")) for row in rows]
+    ranks = [_rank(row, seed) for row in rows]
     kept = set(sorted(range(len(rows)), key=lambda index: (ranks[index], index))[:n_prompts])
     return [row for index, row in enumerate(rows) if index in kept]
 
 
+def _without_margins(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt.strip()
+    return json.dumps([plain(m) | {"content": str(m.get("content")).strip()} for m in prompt], sort_keys=True)
+
+
+def _rank(row: Row, seed: int) -> int:
+    return stable_hash(seed, "choose", prompt_identity(row.prompt), row.first("chosen"))
+
+
 def missing_column(column: str, records: Sequence[Mapping[str, Any]], what: str, hint: str = "") -> str:
     """Return the message for a column that is not there."""
-    seen = list(dict.fromkeys(key for record in records for key in record))
     return (
-        f"{what}: no column {column!r}; seen: {', '.join(map(repr, seen))}. "
+        f"{what}: no column {column!r}; seen: {', '.join(map(repr, _keys(records)))}. "
         f"Name the right one{' in `columns`' if column != 'prompt' else ' with `prompt=...`'}"
         + (f" ({hint})." if hint else ".")
     )
 
 
-def is_messages(value: object) -> bool:
-    """Return whether `value` is a non-empty sequence of chat messages."""
-    return (
-        isinstance(value, list | tuple)
-        and bool(value)
-        and all(isinstance(message, Mapping) and "role" in message for message in value)
-    )
-
-
-def _read_prompt(value: Any, where: str) -> Prompt:
-    if isinstance(value, str):
-        if not is_unicode(value):
-            raise ValueError(f"{where}: the prompt is not valid Unicode (a lone surrogate); clean this row.")
-        return value
-    if is_messages(value):
-        return tuple(dict(message) for message in value)
-    seen = "an empty list" if value in ([], ()) else f"a {type(value).__name__}"
-    raise ValueError(
-        f"{where}: the prompt is {seen}; it must be a text or a list of messages with 'role' and 'content'."
-    )
-
-
-def read_responses(value: Any, where: str, *, chat: bool) -> list[str | Missing]:
-    """Return the texts in one cell: none, one, or several.
-
-    Raises:
-        ValueError: If the cell holds something else, saying where.
-    """
-    if value is None or (isinstance(value, float) and value != value):  # NaN: how data frames say "none"
+def read_texts(value: Any, prompt: Prompt) -> list[str | Missing]:
+    """Return the texts in one cell beside `prompt`: none, one or several, or why there is none."""
+    value = plain(value)
+    if value is None or value == []:
         return [Missing(NOT_GIVEN)]
     if isinstance(value, str):
         return [value]
+    if is_messages(value) and isinstance(prompt, str):
+        return [Missing("the response is chat messages and the prompt is plain text")]
     if is_messages(value):
-        if not chat:
-            raise ValueError(
-                f"{where}: the response is chat messages and the prompt is plain text. Give the prompt as messages "
-                "too, or leave the prompt column out if the messages contain it."
-            )
-        return [_read_completion(value, where)]
-    if isinstance(value, list | tuple) and value and all(isinstance(text, str) for text in value):
+        try:
+            return [response_text(value)]
+        except OddRow as error:
+            return [Missing(str(error))]
+    if isinstance(value, list) and all(isinstance(text, str) for text in value):
         return list(value)
-    if isinstance(value, list | tuple) and not value:
-        return [Missing(NOT_GIVEN)]
-    raise ValueError(f"{where}: a {type(value).__name__}; a response must be a text, or one assistant message.")
+    return [Missing(f"a {type(value).__name__}; a response must be a text, or one assistant message")]
 
 
-def _read_completion(messages: Sequence[Mapping[str, Any]], where: str) -> str:
-    if len(messages) != 1:
-        raise ValueError(
-            f"{where}: {len(messages)} messages (roles {[message['role'] for message in messages]}); a response must "
-            "be exactly one assistant message. Move the earlier turns into the prompt."
-        )
-    message = messages[0]
-    if message["role"] != "assistant":
-        raise ValueError(f"{where}: the message's role is {message['role']!r}; a response must come from 'assistant'.")
-    extra = [key for key, value in message.items() if key not in ("role", "content") and value]
-    if not isinstance(message.get("content"), str) or extra:
-        raise ValueError(
-            f"{where}: only a plain text `content` can be watched; this message has content of type "
-            f"{type(message.get('content')).__name__}" + (f" and also {', '.join(extra)}." if extra else ".")
-        )
-    return message["content"]
+def _prompt(value: Any) -> Prompt:
+    if not is_unicode(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)):
+        raise OddRow("the prompt is not valid Unicode (a lone surrogate)")
+    return value if isinstance(value, str) else tuple(value)
 
 
-def _refuse_row_templates(record: Mapping[str, Any], index: int, what: str) -> None:
+def _refuse_row_templates(record: Mapping[str, Any]) -> None:
     """Refuse what would make the trainer tokenise single rows differently.
 
     Raises:
-        ValueError: If the row has tools or template arguments of its own.
+        OddRow: If the row has tools or template arguments of its own.
     """
     for column in ("tools", "chat_template_kwargs"):
         if record.get(column):
-            raise ValueError(
-                f"{what}: row {index} has {column!r}, which changes how the trainer tokenises this row alone; probes "
-                "take one template for all. Remove the column, or pass `chat_template_kwargs` when encoding."
+            raise OddRow(
+                f"the row has {column!r}, which changes how the trainer tokenises it alone; probes take one template "
+                "for all. Remove the column, or pass `chat_template_kwargs` when encoding"
             )
+
+
+def _keys(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for record in records for key in record))
 
 
 def is_unicode(text: str) -> bool:
