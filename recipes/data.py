@@ -11,7 +11,9 @@ r"""Data of the recipes: preference pairs and questions, by a short name, a hub 
 
 A `datasets:` section in the YAML mixes several, as in TRL's own scripts; its `test_split_size` holds rows out.
 
-Pairs may be plain or conversational, with a prompt column or the prompt inside both responses. Models without a chat
+Pairs may be plain or conversational, with a prompt column or the prompt inside both responses; SFT also takes rows of
+prompt and completion, `messages`, `conversations` or `text` (of a conversation it trains on the last answer, of a text
+on its second half: the rest is their prompt), KTO rows of prompt, completion and label. Models without a chat
 template get conversations as plain text in the form of HH's transcripts ("\n\nHuman: ... \n\nAssistant:"); models with
 one get transcripts as chat messages, and with `--as_chat` any plain text.
 """
@@ -19,8 +21,7 @@ one get transcripts as chat messages, and with `--as_chat` any plain text.
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, extract_prompt, get_dataset
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_dataset
 
 from llm_dynamics.demo.preferences import load_preferences
+from llm_dynamics.probes.forms import ASSISTANT, HUMAN, OddRow, RowForm, response_text, to_chat
 from llm_dynamics.probes.rows import read_jsonl
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ SOURCES: dict[str, dict[str, str]] = {
     "math": {"path": "DigitalLearningGmbH/MATH-lighteval"},
 }
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+CONSUMED = ("completion", "label", "messages", "conversations", "text")
+"""Columns whose contents are prompt and answers."""
 ROLES = {"user": HUMAN, "assistant": ASSISTANT}
 
 
@@ -75,16 +78,17 @@ def uses_chat(model_args: ModelConfig, training_args: Any) -> bool:
     return tokenizer.chat_template is not None
 
 
-def load_pairs(args: PairArguments, *, chat: bool, held_out: bool = False) -> Dataset:
-    """Load preference pairs in TRL's explicit form.
+def load_pairs(args: PairArguments, *, chat: bool, held_out: bool = False, needs: Sequence[str] = PAIR[1:]) -> Dataset:
+    """Load rows of any form as one prompt with its answers, TRL's explicit form.
 
     Args:
         args: `dataset_name`, `dataset_config`, `datasets`, the splits and `as_chat` are used.
         chat: Whether the model reads chat messages, see `uses_chat`.
         held_out: Load the test split.
+        needs: Answers that every row must have; none: one of the two, as KTO's rows have.
 
     Returns:
-        Rows of `prompt`, `chosen`, `rejected`, and the other columns of the source. What is not one prompt with two
+        Rows of `prompt`, `chosen`, `rejected`, and the other columns of the source. What has no prompt with these
         answers is left out and counted in a warning.
 
     Raises:
@@ -100,14 +104,18 @@ def load_pairs(args: PairArguments, *, chat: bool, held_out: bool = False) -> Da
         rows = load_mixture(args, split)
     else:
         rows = load_preferences(split) if name == "polite_pairs" else load_rows(args, split)
-    pairs = [pair for row in rows if (pair := as_pair(row, chat=chat, as_chat=args.as_chat)) is not None]
+    form = RowForm.of(list(rows), as_chat=args.as_chat, transcripts=True)
+    if args.as_chat and set(rows[0]) & {"text"} and not set(rows[0]) & {"prompt", *PAIR[1:], "messages"}:
+        raise ValueError(f"{name}: as_chat is True, and the rows are a text each, without turns; leave as_chat out")
+    pairs = [pair for row in rows if (pair := as_pair(row, form, chat=chat, needs=needs)) is not None]
+    wanted = "two answers" if len(needs) > 1 else "an answer"
     if len(pairs) < len(rows):
-        logger.warning("%d of %d rows are not one prompt with two answers; left out", len(rows) - len(pairs), len(rows))
+        logger.warning("%d of %d rows are not one prompt with %s; left out", len(rows) - len(pairs), len(rows), wanted)
     if not pairs:
         raise ValueError(
-            f"{name}: no row is a preference pair; columns seen: {list(rows[0])}. Rows need prompt, "
-            "chosen and rejected (texts, or chat messages), or chosen and rejected that begin with the prompt: rename "
-            "columns"
+            f"{name}: no row is a prompt with {wanted}; columns seen: {list(rows[0])}. Rows need prompt, "
+            "chosen and rejected (texts, or chat messages), or chosen and rejected that begin with the prompt; SFT takes "
+            "prompt and completion, messages or text, too, KTO prompt, completion and label: rename columns"
         )
     if chat and isinstance(pairs[0]["prompt"], str):
         logger.warning(
@@ -172,58 +180,24 @@ def load_rows(args: ScriptArguments, split: str) -> Dataset:
     return load_dataset(name, name=config, split=split)
 
 
-def as_pair(row: Mapping[str, Any], *, chat: bool, as_chat: bool = False) -> dict[str, Any] | None:
-    """Return a row with an explicit prompt and two answers to it, or None where it is not that."""
-    pair = {name: row.get(name) for name in PAIR}
-    if not pair["chosen"] or not pair["rejected"]:
+def as_pair(
+    row: Mapping[str, Any], form: RowForm, *, chat: bool, needs: Sequence[str] = PAIR[1:]
+) -> dict[str, Any] | None:
+    """Return a row with an explicit prompt and the answers in `needs`, or None where it is not that."""
+    try:
+        pair = form.explicit(row)
+        if chat and isinstance(pair["prompt"], str) and pair["prompt"].startswith(HUMAN):
+            pair = to_chat(pair)
+        texts = {name: pair[name] for name in PAIR[1:] if pair[name]}
+        texts = {name: text if isinstance(text, str) else response_text(text) for name, text in texts.items()}
+    except OddRow:
         return None
-    if pair["prompt"] and not isinstance(pair["prompt"], str):
-        for name in PAIR[1:]:  # answers to messages may be texts
-            if isinstance(pair[name], str):
-                pair[name] = [{"role": "assistant", "content": pair[name].strip()}]
-    if isinstance(pair["chosen"], str) and pair["prompt"] is None and HUMAN in pair["chosen"]:
-        pair = split_transcripts(pair["chosen"], pair["rejected"])
-    elif pair["prompt"] is None or (isinstance(pair["prompt"], str) and not isinstance(pair["chosen"], str)):
-        one_answer = isinstance(pair["prompt"], str) and len(pair["chosen"]) == 1
-        if one_answer:
-            pair["prompt"] = [{"role": "user", "content": pair["prompt"]}]
-        else:  # the prompt is inside both
-            pair = extract_prompt({"chosen": pair["chosen"], "rejected": pair["rejected"]})
-    if pair is None or not pair["prompt"]:
+    if not pair["prompt"] or not all(texts.get(name, "").strip() for name in needs or texts or PAIR):
         return None
-    transcript = isinstance(pair["prompt"], str) and pair["prompt"].startswith(HUMAN)
-    if chat and isinstance(pair["prompt"], str) and (transcript or as_chat):
-        asked = pair["prompt"]
-        pair = {"prompt": read_transcript(asked) if transcript else [{"role": "user", "content": asked.strip()}]} | {
-            name: [{"role": "assistant", "content": pair[name].strip()}] for name in PAIR[1:]
-        }
-    for name in PAIR[1:]:
-        if not isinstance(pair[name], str) and (len(pair[name]) != 1 or pair[name][0]["role"] != "assistant"):
-            return None
-        text = pair[name] if isinstance(pair[name], str) else pair[name][0]["content"]
-        if not text.strip():
-            return None
-        if not chat and not isinstance(pair[name], str):
-            pair[name] = f" {text.strip()}"
     if not chat and not isinstance(pair["prompt"], str):
-        pair["prompt"] = write_transcript(pair["prompt"])
-    return {**row, **pair}
-
-
-def split_transcripts(chosen: str, rejected: str) -> dict[str, str] | None:
-    """Split two HH transcripts after their last "Assistant:"; None where they differ before it."""
-    end = chosen.rfind(ASSISTANT) + len(ASSISTANT)
-    prompt = chosen[:end]
-    if end < len(ASSISTANT) or rejected[: rejected.rfind(ASSISTANT) + len(ASSISTANT)] != prompt:
-        return None
-    return {"prompt": prompt, "chosen": chosen[end:], "rejected": rejected[end:]}
-
-
-def read_transcript(prompt: str) -> list[dict[str, str]]:
-    """Return the turns of a transcript that ends in "Assistant:" as chat messages."""
-    parts = re.split(f"({HUMAN}|{ASSISTANT})", prompt)[1:-2]  # marker, text, marker, text ...
-    turns = zip(parts[::2], parts[1::2], strict=True)
-    return [{"role": "user" if mark == HUMAN else "assistant", "content": text.strip()} for mark, text in turns]
+        pair = {"prompt": write_transcript(pair["prompt"])} | {name: f" {texts[name].strip()}" for name in texts}
+    rest = {name: value for name, value in row.items() if name not in (*PAIR, *CONSUMED)}
+    return rest | {name: value for name, value in pair.items() if value}
 
 
 def write_transcript(messages: list[dict[str, str]]) -> str:

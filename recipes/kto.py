@@ -16,7 +16,8 @@ Resume an interrupted run, its log included:
         --resume_from_checkpoint runs/smollm2_135m/kto/checkpoint-12
 
 Flags are TRL's (`KTOConfig`, `ModelConfig`, `ScriptArguments`) and `--watch_*`; those on the command line win over the
-YAML. The data are pairs, as for dpo.py; TRL turns each into two rows, labelled desirable and undesirable.
+YAML. The data are pairs, as for dpo.py, of which each becomes two rows, labelled desirable and undesirable; or rows of
+prompt, completion and label.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import Sequence
 
 from common import parse_flags, run, set_model_arguments, train_and_save
 from data import PAIR, PairArguments, load_pairs, uses_chat
+from datasets import Dataset
 from trl import (
     KTOConfig,
     KTOTrainer,
@@ -32,7 +34,6 @@ from trl import (
     TrlParser,
     get_peft_config,
     get_quantization_config,
-    unpair_preference_dataset,
 )
 
 from llm_dynamics import WatchConfig
@@ -43,19 +44,33 @@ def make_parser() -> TrlParser:
     return TrlParser((PairArguments, KTOConfig, ModelConfig, WatchConfig))
 
 
+def labelled(rows: Dataset) -> Dataset:
+    """Return a row for each response, labelled desirable (first, the chosen ones) or undesirable."""
+    return Dataset.from_list(
+        [
+            {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+            for name in PAIR[1:]
+            for row in rows
+            if row.get(name)
+        ]
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     script_args, training_args, model_args, watch_args = parse_flags(make_parser(), arguments)
     set_model_arguments(model_args, training_args)
     chat = uses_chat(model_args, training_args)
-    pairs = load_pairs(script_args, chat=chat)
-    held_out = load_pairs(script_args, chat=chat, held_out=True) if training_args.eval_strategy != "no" else None
+    pairs = load_pairs(script_args, chat=chat, needs=())
+    held_out = None
+    if training_args.eval_strategy != "no":
+        held_out = load_pairs(script_args, chat=chat, held_out=True, needs=())
 
     trainer = KTOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=unpair_preference_dataset(pairs.select_columns(list(PAIR))),
-        eval_dataset=unpair_preference_dataset(held_out.select_columns(list(PAIR))) if held_out is not None else None,
+        train_dataset=labelled(pairs),
+        eval_dataset=labelled(held_out) if held_out is not None else None,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

@@ -1,4 +1,4 @@
-r"""SFT on the chosen responses of preference pairs, watched by probes of both responses.
+r"""SFT on the chosen responses of preference pairs, or on prompts and completions; watched by probes of the responses.
 
 On a CPU, in minutes (once: make models/SmolLM2-135M-Instruct):
 
@@ -53,8 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     script_args, training_args, model_args, watch_args = parse_flags(make_parser(), arguments)
     set_model_arguments(model_args, training_args)
     chat = uses_chat(model_args, training_args)
-    pairs = load_pairs(script_args, chat=chat)
-    held_out = load_pairs(script_args, chat=chat, held_out=True) if training_args.eval_strategy != "no" else None
+    pairs = load_pairs(script_args, chat=chat, needs=("chosen",))
+    held_out = None
+    if training_args.eval_strategy != "no":
+        held_out = load_pairs(script_args, chat=chat, held_out=True, needs=("chosen",))
 
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from llm_dynamics.demo.tiny import build_tiny_model, build_tiny_tokenizer
+from llm_dynamics.probes.rows import prompt_id
 
 atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 torch.set_num_threads(1)  # models so small lose more to waiting for a second thread than they gain
@@ -60,6 +61,8 @@ PREFERENCES = [
         "rejected": "With your hands, obviously, what else.",
     },
 ]
+FIRST, SECOND = (prompt_id(row["prompt"]) for row in PREFERENCES[:2])
+"""Ids of the first two prompts."""
 
 
 @pytest.fixture(scope="session")

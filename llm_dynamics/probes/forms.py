@@ -205,11 +205,12 @@ def response_text(value: Sequence[Mapping[str, Any]]) -> str:
     (message,) = value
     if message["role"] != "assistant":
         raise OddRow(f"the message's role is {message['role']!r}; a response must come from 'assistant'")
-    if not isinstance(message.get("content"), str):
-        raise OddRow(f"the message's content is a {type(message.get('content')).__name__}; only text can be watched")
     extra = [key for key in RENDERED if message.get(key)]
-    if extra:
-        raise OddRow(f"the message has also {', '.join(extra)}; only plain text can be watched")
+    if extra or not isinstance(message.get("content"), str):
+        raise OddRow(
+            f"only plain text can be watched; the message's content is a {type(message.get('content')).__name__}"
+            + (f", and it has {', '.join(extra)}" if extra else "")
+        )
     return str(message["content"])
 
 

@@ -5,7 +5,7 @@ import pandas as pd
 from llm_dynamics.callbacks import watch
 from llm_dynamics.probes import ProbeSet
 from llm_dynamics.runlog import load_run
-from tests.conftest import PREFERENCES
+from tests.conftest import FIRST, PREFERENCES, SECOND
 from tests.training import build_trainer
 
 # the prompts are among those that are trained on; the responses are short, since a map takes one gradient a token
@@ -14,7 +14,7 @@ SHORT = [
     {"prompt": PREFERENCES[1]["prompt"], "chosen": "Light.", "rejected": "Who cares?"},
 ]
 FAMILIES = ("chosen", "rejected", "other_train")
-CHOSEN = ("p00000/chosen", "p00001/chosen")
+CHOSEN = (f"{FIRST}/chosen", f"{SECOND}/chosen")
 GENTLE = {"learning_rate": 1e-3, "optim": "adamw_torch", "gradient_accumulation_steps": 2, "max_steps": 2}
 
 

@@ -65,7 +65,7 @@ def test_texts_that_may_hold_a_template_and_probes_of_both_forms_are_not_doubted
     model_folder, chat_probes, warned, tmp_path
 ):
     trainer = build_trainer("dpo", model_folder, tmp_path)
-    both = ProbeSet([*make_probes().select(prompt_ids=["p00000"]), *chat_probes.select(prompt_ids=["p00001"])])
+    both = ProbeSet([*make_probes()[:1], *chat_probes[-1:]])
     warn_of_other_form(trainer, both)
     trainer.train_dataset = Dataset.from_list([{"text": "<|im_start|>user\nHello<|im_end|>"}])
     warn_of_other_form(trainer, chat_probes)
@@ -110,5 +110,5 @@ def test_the_log_says_in_which_form_rows_and_probes_are_and_the_verdict_and_page
 def test_forms_are_none_where_they_cannot_be_told(model_folder, chat_probes, tmp_path):
     trainer = build_trainer("plain", model_folder, tmp_path)
     trainer.processing_class.chat_template = None
-    both = ProbeSet([*make_probes().select(prompt_ids=["p00000"]), *chat_probes.select(prompt_ids=["p00001"])])
+    both = ProbeSet([*make_probes()[:1], *chat_probes[-1:]])
     assert forms(trainer, both) == {"rows": None, "prompts": "both", "chat_template": False}

@@ -8,6 +8,7 @@ import torch
 from llm_dynamics.influence import by_example
 from tests import training
 from tests.callbacks.explained import CHOSEN, FAMILIES, by_family, explain, measured, observed_change
+from tests.conftest import FIRST, SECOND
 from tests.training import save_tiny_model
 
 FLOAT32 = 2e-4
@@ -170,7 +171,7 @@ def test_tokens_are_those_of_the_examples_and_their_coefficients_add_up(dpo):
     assert tokens["position"].apply(lambda places: list(places) == list(range(len(places)))).all()
     assert (examples["c_sum"][examples["role"] == "chosen"] < 0).all()
     assert (examples["c_sum"][examples["role"] == "rejected"] > 0).all()
-    assert set(examples["prompt_id"].dropna()) == {"p00000", "p00001"}
+    assert set(examples["prompt_id"].dropna()) == {FIRST, SECOND}
 
 
 def test_own_share_is_what_examples_with_the_probes_prompt_did(dpo):

@@ -13,7 +13,7 @@ from llm_dynamics.probes import ProbeSet
 from llm_dynamics.runlog import load_run
 from tests import training
 from tests.callbacks.explained import CHOSEN, GENTLE, by_family, explain, short_probes
-from tests.conftest import PREFERENCES
+from tests.conftest import FIRST, PREFERENCES, SECOND
 from tests.training import build_trainer, make_probes, save_tiny_model
 
 END = "<|im_end|>"
@@ -159,7 +159,7 @@ def test_labels_that_are_held_back_from_the_model_are_found(folder, tmp_path):
 def test_a_loss_on_prompts_too_has_own_shares(folder, tmp_path):
     _, run = explain("sft", folder, tmp_path, completion_only_loss=False)
     assert_balanced(run)
-    assert set(run.training_examples["prompt_id"].dropna()) == {"p00000", "p00001"}
+    assert set(run.training_examples["prompt_id"].dropna()) == {FIRST, SECOND}
     assert run.influence.query("family == 'chosen' and cause == 'up'")["own_share"].abs().max() > 0.1
 
 

@@ -7,6 +7,7 @@ import pytest
 from llm_dynamics.callbacks.influence_maps import pick_map_probes
 from llm_dynamics.callbacks.influence_settings import InfluenceSettings
 from tests.callbacks.explained import explain, short_probes
+from tests.conftest import FIRST
 from tests.training import save_tiny_model
 
 PROBES = pd.DataFrame(
@@ -67,10 +68,10 @@ def test_what_is_no_list_number_or_auto_is_refused(wanted):
 
 def test_auto_keeps_maps_of_a_chosen_and_a_rejected_response_at_the_steps_of_training_tokens(runs):
     run = runs["family"]
-    assert run.meta["influence"]["map_probes"] == ["p00000/chosen", "p00000/rejected"]
+    assert run.meta["influence"]["map_probes"] == [f"{FIRST}/chosen", f"{FIRST}/rejected"]
     kept = run.influence_maps[["step", "probe_id"]].drop_duplicates()
     assert sorted(map(tuple, kept.to_numpy())) == [
-        (step, f"p00000/{family}") for step in (1, 2) for family in ("chosen", "rejected")
+        (step, f"{FIRST}/{family}") for step in (1, 2) for family in ("chosen", "rejected")
     ]
 
 
@@ -79,7 +80,7 @@ def test_of_the_tokens_of_mapped_probes_every_cause_is_kept_beside_the_map(runs)
     keys = ["step", "probe_id", "position", "cause"]
     mine = runs["family"].influence_tokens.set_index(keys).sort_index()
     every = runs["token"].influence_tokens.set_index(keys).sort_index()
-    assert set(mine.index.get_level_values("probe_id")) == {"p00000/chosen", "p00000/rejected"}
+    assert set(mine.index.get_level_values("probe_id")) == {f"{FIRST}/chosen", f"{FIRST}/rejected"}
     assert set(mine.index.get_level_values("step")) == {1, 2}
     assert len(every) > len(mine)
     for column in ("share", "measured"):

@@ -14,7 +14,7 @@ from transformers.training_args import OptimizerNames
 from trl import RewardConfig, RewardTrainer
 
 from llm_dynamics.callbacks import InfluenceCallback, ProbeCallback, watch
-from tests.conftest import PREFERENCES
+from tests.conftest import FIRST, PREFERENCES
 from tests.training import build_trainer, make_probes, save_tiny_model, weights_of
 
 
@@ -222,8 +222,8 @@ def test_a_reward_trainer_is_refused(model_folder, tmp_path, probes):
         ({"families": ()}, r"families is empty.*'chosen'.*or None for all"),
         ({"training_tokens": ("best",)}, r"training_tokens: \['best'\].*'chosen'"),
         ({"families": ("chosen",), "training_tokens": ("rejected",)}, r"training_tokens: \['rejected'\].*'chosen'"),
-        ({"map_probes": ("p9/chosen",)}, r"map_probes: \['p9/chosen'\].*'p00000/chosen'"),
-        ({"families": ("chosen",), "map_probes": ("p00000/rejected",)}, r"map_probes: \['p00000/rejected'\]"),
+        ({"map_probes": ("p9/chosen",)}, rf"map_probes: \['p9/chosen'\].*'{FIRST}/chosen'"),
+        ({"families": ("chosen",), "map_probes": (f"{FIRST}/rejected",)}, rf"map_probes: \['{FIRST}/rejected'\]"),
     ],
 )
 def test_an_argument_out_of_range_is_named_with_what_is_allowed_and_nothing_is_attached(

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from llm_dynamics.callbacks import InfluenceCallback, watch
 from llm_dynamics.runlog import load_run, schema
 from tests.callbacks.explained import by_family, short_probes
+from tests.conftest import FIRST
 from tests.training import build_trainer, own_rows, save_tiny_model
 
 CHEAP = {"training_tokens": ()}
@@ -130,7 +131,7 @@ def tables_of(run):
 
 def test_a_resumed_run_has_the_accounts_of_the_uninterrupted_one(model_folder, tmp_path, probes):
     options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2}
-    influence = {"every": 2, "training_tokens": None, "map_probes": ["p00000/chosen"]}
+    influence = {"every": 2, "training_tokens": None, "map_probes": [f"{FIRST}/chosen"]}
     prepare(model_folder, tmp_path, probes, influence=influence, **options).train()
     uninterrupted = tables_of(load_run(tmp_path))
     trainer = prepare(model_folder, tmp_path, probes, influence=influence, **options)

@@ -6,7 +6,7 @@ import torch
 from llm_dynamics.callbacks.roles import role_labelling
 from llm_dynamics.influence import MicroBatch
 from tests.callbacks.explained import explain, short_probes
-from tests.conftest import PREFERENCES
+from tests.conftest import FIRST, PREFERENCES, SECOND
 from tests.training import build_trainer, many_letters, save_tiny_model
 
 CHOSEN = {row["prompt"]: row["chosen"] for row in PREFERENCES}
@@ -55,7 +55,7 @@ def test_roles_of_completions_are_those_of_their_rewards(kind, examples):
     assert (rows.loc[above, "role"] == "correct").all()
     assert (rows.loc[below, "role"] == "wrong").all()
     assert above.any()
-    prompts = {PREFERENCES[0]["prompt"]: "p00000", PREFERENCES[1]["prompt"]: "p00001"}
+    prompts = {PREFERENCES[0]["prompt"]: FIRST, PREFERENCES[1]["prompt"]: SECOND}
     assert (rows["prompt_id"] == rows["prompt"].map(prompts)).sum() == rows["prompt"].isin(prompts).sum()
 
 

@@ -6,7 +6,7 @@ import torch
 from llm_dynamics.callbacks.training_examples import describe_examples
 from llm_dynamics.influence import MicroBatch, as_one, by_halves
 from tests.callbacks.explained import by_family, explain
-from tests.conftest import PREFERENCES
+from tests.conftest import FIRST, PREFERENCES, SECOND
 from tests.training import save_tiny_model
 
 END = "<|im_end|>"
@@ -144,7 +144,7 @@ def test_packed_batches_of_a_real_trainer_are_told_as_single_examples(layout, tm
     assert len(run.training_examples) >= 2
     for example in run.training_examples.itertuples():
         assert chosen[example.prompt] == example.response.removesuffix(END).strip()
-    ids = {PREFERENCES[0]["prompt"]: "p00000", PREFERENCES[1]["prompt"]: "p00001"}
+    ids = {PREFERENCES[0]["prompt"]: FIRST, PREFERENCES[1]["prompt"]: SECOND}
     assert run.training_examples["prompt_id"].dropna().tolist() == [
         ids[prompt] for prompt in run.training_examples["prompt"] if prompt in ids
     ]

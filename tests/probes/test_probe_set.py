@@ -16,6 +16,7 @@ from llm_dynamics.probes import (
     ProbeSet,
     encode_probes,
 )
+from llm_dynamics.probes import rows as reading
 
 HH_FILE = Path(__file__).parents[2].parent / "shared/data/hh_helpful_probes_train.jsonl"
 HH_ROW = {
@@ -47,6 +48,10 @@ def hh_rows():
     return [HH_ROW, broken, good]
 
 
+def id_of(prompt, family=None):
+    return reading.prompt_id(prompt) + (f"/{family}" if family else "")
+
+
 def by_family(probes, family):
     return {probe.prompt_id: probe for probe in probes if probe.family == family}
 
@@ -65,15 +70,15 @@ def test_a_preference_set_has_chosen_and_rejected_by_row(preference_rows):
     probes = ProbeSet.from_preference_dataset(preference_rows)
     assert len(probes) == 2 * len(preference_rows)
     assert probes[1] == Probe(
-        "p00000/rejected",
-        "p00000",
+        id_of(preference_rows[0]["prompt"], "rejected"),
+        id_of(preference_rows[0]["prompt"]),
         preference_rows[0]["prompt"],
         preference_rows[0]["rejected"],
         "rejected",
         source_row=0,
     )
     assert probes.families == ("chosen", "rejected")
-    assert probes.prompt_ids == tuple(f"p{i:05d}" for i in range(len(preference_rows)))
+    assert probes.prompt_ids == tuple(id_of(row["prompt"]) for row in preference_rows)
 
 
 def test_any_container_of_rows_gives_the_same_set(preference_rows):
@@ -124,7 +129,7 @@ def test_a_column_may_hold_several_texts_or_none():
     columns = {"chosen": "chosen", "chosen_semantic": ["chosen_semantic", "more"]}
     probes = ProbeSet.from_records(rows, columns=columns)
     names = [probe.probe_id for probe in probes if probe.family == "chosen_semantic"]
-    assert names == ["p00000/chosen_semantic", "p00000/chosen_semantic-2", "p00000/chosen_semantic-3"]
+    assert names == [id_of("a", f"chosen_semantic{suffix}") for suffix in ("", "-2", "-3")]
     summary = probes.summary().loc["chosen_semantic"]
     assert (summary["n"], summary["prompts"], summary["not_given"], summary["dropped"]) == (3, 1, 2, 0)
 
@@ -132,7 +137,7 @@ def test_a_column_may_hold_several_texts_or_none():
 def test_a_writers_column_that_bears_the_familys_name_is_used(preference_rows):
     rows = [{**row, "chosen_semantic": "In other words."} for row in preference_rows]
     probes = ProbeSet.from_preference_dataset(rows, families=("chosen", "chosen_semantic"))
-    assert by_family(probes, "chosen_semantic")["p00000"].response == "In other words."
+    assert by_family(probes, "chosen_semantic")[id_of(rows[0]["prompt"])].response == "In other words."
 
 
 # -- Offline families
@@ -182,7 +187,7 @@ def test_a_one_word_chosen_has_no_ungrammatical_and_it_is_counted():
     ]
     with pytest.warns(UserWarning, match="1 probes dropped .ungrammatical: 1 x chosen has fewer than two"):
         probes = ProbeSet.from_preference_dataset(rows, families=("chosen", "ungrammatical"))
-    assert by_family(probes, "ungrammatical")["p00001"].response == "yet. Not"
+    assert by_family(probes, "ungrammatical")[id_of("b")].response == "yet. Not"
 
 
 @settings(deadline=None, max_examples=30)
@@ -233,19 +238,19 @@ def join_rows():
 def test_reference_join_keeps_trained_texts_and_gives_others_the_chosen_whitespace():
     probes = ProbeSet.from_preference_dataset(join_rows(), columns={"chosen_semantic": "writing"})
     by_id = {probe.probe_id: probe.response for probe in probes}
-    assert by_id["p00000/chosen"] == " b c "
-    assert by_id["p00000/rejected"] == "d  "
-    assert by_id["p00000/chosen_semantic"] == " e f"
-    assert by_id["p00001/chosen_semantic"] == "\nj"
+    assert by_id[id_of("A:", "chosen")] == " b c "
+    assert by_id[id_of("A:", "rejected")] == "d  "
+    assert by_id[id_of("A:", "chosen_semantic")] == " e f"
+    assert by_id[id_of("B:", "chosen_semantic")] == "\nj"
     assert probes.metadata["join"] == "reference"
 
 
 def test_reference_join_holds_for_built_families():
     probes = ProbeSet.from_preference_dataset(join_rows(), families=("chosen", "other_train", "ungrammatical"))
     by_id = {probe.probe_id: probe.response for probe in probes}
-    assert by_id["p00000/other_train"] == " g h"
-    assert by_id["p00001/other_train"] == "\nb c"
-    assert by_id["p00001/ungrammatical"] == "\nh g"
+    assert by_id[id_of("A:", "other_train")] == " g h"
+    assert by_id[id_of("B:", "other_train")] == "\nb c"
+    assert by_id[id_of("B:", "ungrammatical")] == "\nh g"
 
 
 def test_as_is_join_changes_nothing():
@@ -284,9 +289,9 @@ def test_hh_like_records_are_read_with_their_traps(tmp_path):
     assert "'@@@'" in summary.loc["chosen_selfr", "drop_reasons"]
     assert summary.loc["rejected", "drop_reasons"] == "empty response: 1"
     by_id = {probe.probe_id: probe.response for probe in probes}
-    assert by_id["p00000/chosen_semantic"] == " In water for ten minutes."
-    assert by_id["p00000/chosen_initial"] == " In a pot."
-    assert by_id["p00000/other_train-2"] == " Use a soft cloth."
+    assert by_id[id_of(HH_ROW["prompt"], "chosen_semantic")] == " In water for ten minutes."
+    assert by_id[id_of(HH_ROW["prompt"], "chosen_initial")] == " In a pot."
+    assert by_id[id_of(HH_ROW["prompt"], "other_train-2")] == " Use a soft cloth."
     assert "other_test" not in probes.families
     assert probes.metadata["source"]["file"] == "hh.jsonl"
 
@@ -332,7 +337,7 @@ def test_nothing_is_built_from_a_dropped_response(tokenizer):
             tokenizer=tokenizer,
         )
     assert "ungrammatical: 2 x no chosen response to build from" in str(caught[0].message)
-    assert probes.prompt_ids == ("p00002", "p00003")
+    assert probes.prompt_ids == (id_of("q2"), id_of("q3"))
     assert not any("BAD" in probe.response for probe in probes)
 
 
@@ -347,11 +352,11 @@ def test_nothing_is_built_from_a_dropped_response(tokenizer):
         (["text"], {}, "row 0 is a str; each row must be a dictionary"),
         ([{"question": "a", "chosen": "b"}], {}, "no column 'prompt'; seen: 'question', 'chosen'"),
         ([{"prompt": "a", "chosen": "b"}], {}, "no column 'rejected'; seen: 'prompt', 'chosen'"),
-        ([{"prompt": 3, "chosen": "b", "rejected": "c"}], {}, "row 0, column 'prompt': the prompt is a int"),
+        ([{"prompt": 3, "chosen": "b", "rejected": "c"}], {}, "no row can be read: 1 x the prompt is a int"),
         ([{"prompt": [], "chosen": "b", "rejected": "c"}], {}, "the prompt is an empty list"),
-        ([{"prompt": "a", "chosen": 1.5, "rejected": "c"}], {}, "row 0, column 'chosen': a float"),
+        ([{"prompt": "a", "chosen": 1.5, "rejected": 2}], {}, "No probe is left: chosen: 1 x a float"),
         ([{"prompt": "a\ud800", "chosen": "b", "rejected": "c"}], {}, "prompt is not valid Unicode"),
-        ([{"chosen": "ab", "rejected": ""}], {}, "row 0 has an empty 'chosen' or 'rejected'"),
+        ([{"chosen": "ab", "rejected": ""}], {}, "an empty 'chosen' or 'rejected'"),
         ([{"prompt": "a", "chosen": " ", "rejected": ""}], {}, "No probe is left: chosen: 1 x empty response; rej"),
         (None, {"families": ("chosen", "nonsense")}, "Unknown family 'nonsense'"),
         (None, {"families": ("chosen", "argmax")}, "'argmax' is not a probe family"),
@@ -388,9 +393,9 @@ def test_held_out_prompts_that_are_trained_on_are_refused(preference_rows):
 @pytest.mark.parametrize(
     ("completion", "message"),
     [
-        ([{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}], "2 messages .*exactly one"),
+        ([{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}], "2 messages.*exactly one"),
         ([{"role": "user", "content": "a"}], "role is 'user'; a response must come from 'assistant'"),
-        ([{"role": "assistant", "content": None, "tool_calls": [1]}], "only a plain text `content`.*tool_calls"),
+        ([{"role": "assistant", "content": None, "tool_calls": [1]}], "only plain text.*tool_calls"),
     ],
 )
 def test_a_conversational_response_is_one_assistant_message(completion, message):
@@ -399,16 +404,15 @@ def test_a_conversational_response_is_one_assistant_message(completion, message)
         ProbeSet.from_prompt_completion(rows)
 
 
-def test_a_text_prompt_with_message_responses_is_refused(chat_preference_rows):
-    rows = [{**row, "prompt": "How?"} for row in chat_preference_rows]
-    with pytest.raises(ValueError, match="the response is chat messages and the prompt is plain text"):
-        ProbeSet.from_preference_dataset(rows)
+def test_a_text_prompt_of_message_responses_is_the_users_message(chat_preference_rows):
+    probes = ProbeSet.from_preference_dataset([{**row, "prompt": "How?"} for row in chat_preference_rows])
+    assert probes[0].prompt == ({"role": "user", "content": "How?"},)
 
 
 @pytest.mark.parametrize("column", ["tools", "chat_template_kwargs"])
 def test_rows_with_their_own_template_arguments_are_refused(chat_preference_rows, column):
     assert ProbeSet.from_preference_dataset([{**row, column: None} for row in chat_preference_rows])
-    with pytest.raises(ValueError, match=f"row 0 has '{column}'"):
+    with pytest.raises(ValueError, match=f"6 x the row has '{column}'"):
         ProbeSet.from_preference_dataset([{**row, column: {"x": 1}} for row in chat_preference_rows])
 
 
@@ -467,8 +471,9 @@ def test_the_set_cannot_be_changed_through_its_metadata(full_set):
 
 
 def test_select_restricts_families_and_prompts(full_set):
-    part = full_set.select(families=("rejected", "chosen"), prompt_ids=("p00003", "p00001"))
-    assert [probe.probe_id for probe in part] == [f"p0000{i}/{f}" for i in (1, 3) for f in ("chosen", "rejected")]
+    ids = full_set.prompt_ids
+    part = full_set.select(families=("rejected", "chosen"), prompt_ids=(ids[3], ids[1]))
+    assert [probe.probe_id for probe in part] == [f"{ids[i]}/{f}" for i in (1, 3) for f in ("chosen", "rejected")]
     drawn = full_set.select(n_prompts=2, seed=5)
     assert len(drawn.prompt_ids) == 2
     assert drawn == full_set.select(n_prompts=2, seed=5)
@@ -480,7 +485,7 @@ def test_select_restricts_families_and_prompts(full_set):
     [
         ({"families": ("human_random",)}, "No probe of family 'human_random'"),
         ({"families": ("odd",)}, "Unknown family"),
-        ({"prompt_ids": ("p9",)}, r"No prompt \['p9'\] here; ids go from p00000 to p00005"),
+        ({"prompt_ids": ("p9",)}, r"No prompt \['p9'\] here; ids go from p[0-9a-f]{12} to p[0-9a-f]{12}"),
         ({"n_prompts": 99}, "there are 6 prompts"),
     ],
 )
@@ -493,8 +498,8 @@ def test_select_keeps_the_account_of_what_was_dropped():
     rows = [{"prompt": str(i), "chosen": "b c", "rejected": "" if i == 1 else "d"} for i in range(3)]
     with pytest.warns(UserWarning, match="rejected: 1 x empty response"):
         probes = ProbeSet.from_preference_dataset(rows)
-    assert len(probes.select(prompt_ids=("p00001",)).dropped) == 1
-    assert not probes.select(prompt_ids=("p00002",)).dropped
+    assert len(probes.select(prompt_ids=(id_of("1"),)).dropped) == 1
+    assert not probes.select(prompt_ids=(id_of("2"),)).dropped
     assert not probes.select(families=("chosen",)).dropped
 
 
@@ -535,12 +540,14 @@ def test_adding_families_one_by_one_gives_the_same_set(full_set, preference_rows
 def test_given_responses_are_joined_and_counted(preference_rows):
     probes = ProbeSet.from_preference_dataset([{**row, "chosen": " " + row["chosen"]} for row in preference_rows])
     with pytest.warns(UserWarning, match="1 probes dropped .human_random: 1 x empty") as caught:
-        grown = probes.add_family("human_random", responses={"p00001": "The cat.", "p00002": ["a", ""]})
+        grown = probes.add_family(
+            "human_random", responses={probes.prompt_ids[1]: "The cat.", probes.prompt_ids[2]: ["a", ""]}
+        )
     assert caught[0].filename == __file__
     assert [p.response for p in grown if p.family == "human_random"] == [" The cat.", " a"]
     assert grown.summary().loc["human_random", "not_given"] == 4
     listed = probes.add_family("human_random", responses=[f"text {i}" for i in range(6)])
-    assert by_family(listed, "human_random")["p00005"].response == " text 5"
+    assert by_family(listed, "human_random")[probes.prompt_ids[5]].response == " text 5"
     assert len(probes.families) == 2
 
 

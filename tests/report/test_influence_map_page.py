@@ -9,6 +9,7 @@ from llm_dynamics.report import influence_map, influence_map_data, write_report
 from llm_dynamics.report.influence_map import influence_maps
 from llm_dynamics.runlog import load_runs
 from tests.callbacks.explained import explain, short_probes
+from tests.conftest import FIRST
 from tests.training import save_tiny_model
 
 from .accounts import account, add_maps, bare_run
@@ -284,7 +285,7 @@ def test_a_real_run_keeps_maps_that_the_page_shows(browser, tmp_path):
     for row in range(browser.js("document.querySelectorAll('.map-row').length")):
         choose(browser, row)
         said = told(browser)
-        mine = sum(shares(run, 2, "p00000/chosen", row).values())
+        mine = sum(shares(run, 2, f"{FIRST}/chosen", row).values())
         assert said["this training response"] == pytest.approx(mine, rel=0.05, abs=1e-4)
         parts = sum(share for cause, share in said.items() if cause != "measured change of this token")
         assert parts == pytest.approx(said["measured change of this token"], abs=0.02)
