@@ -12,10 +12,9 @@ r"""Data of the recipes: preference pairs and questions, by a short name, a hub 
 A `datasets:` section in the YAML mixes several, as in TRL's own scripts; its `test_split_size` holds rows out.
 
 Pairs may be plain or conversational, with a prompt column or the prompt inside both responses; SFT also takes rows of
-prompt and completion, `messages`, `conversations` or `text` (of a conversation it trains on the last answer, of a text
-on its second half: the rest is their prompt), KTO rows of prompt, completion and label. Models without a chat
-template get conversations as plain text in the form of HH's transcripts ("\n\nHuman: ... \n\nAssistant:"); models with
-one get transcripts as chat messages, and with `--as_chat` any plain text.
+prompt and completion, `messages`, `conversations` or `text`, KTO rows of prompt, completion and label. Models without a
+chat template get conversations as plain text in the form of HH's transcripts ("\n\nHuman: ... \n\nAssistant:"); models
+with one get transcripts as chat messages, and with `--as_chat` any plain text.
 """
 
 from __future__ import annotations
@@ -114,15 +113,16 @@ def load_pairs(args: PairArguments, *, chat: bool, held_out: bool = False, needs
     if not pairs:
         raise ValueError(
             f"{name}: no row is a prompt with {wanted}; columns seen: {list(rows[0])}. Rows need prompt, "
-            "chosen and rejected (texts, or chat messages), or chosen and rejected that begin with the prompt; SFT takes "
-            "prompt and completion, messages or text, too, KTO prompt, completion and label: rename columns"
+            "chosen and rejected (texts, or chat messages), or chosen and rejected that begin with the prompt; SFT "
+            "takes prompt and completion, messages or text, too, KTO prompt, completion and label: rename columns"
         )
     if chat and isinstance(pairs[0]["prompt"], str):
         logger.warning(
             "the model has a chat template, and the rows are plain text: they are trained on as they stand, without "
             "it. Add --as_chat to make them chat messages"
         )
-    return Dataset.from_list(pairs)
+    names = dict.fromkeys(name for pair in pairs for name in pair)  # from_list takes the columns of the first row
+    return Dataset.from_list([{name: pair.get(name) for name in names} for pair in pairs])
 
 
 def load_mixture(args: DatasetMixtureConfig, split: str) -> Dataset:
@@ -197,6 +197,11 @@ def as_pair(
     if not chat and not isinstance(pair["prompt"], str):
         pair = {"prompt": write_transcript(pair["prompt"])} | {name: f" {texts[name].strip()}" for name in texts}
     rest = {name: value for name, value in row.items() if name not in (*PAIR, *CONSUMED)}
+    if not any(row.get(name) for name in (*PAIR, "completion")):  # SFTTrainer trains on the whole
+        if isinstance(pair["chosen"], list):
+            rest["messages"] = [*pair["prompt"], *pair["chosen"]]
+        elif row.get("text"):
+            rest["text"] = row["text"]
     return rest | {name: value for name, value in pair.items() if value}
 
 

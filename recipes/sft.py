@@ -44,7 +44,10 @@ def make_parser() -> TrlParser:
 
 
 def chosen_only(pairs: Dataset) -> Dataset:
-    """Return the prompt-completion rows that SFT takes: the chosen responses."""
+    """Return the rows that SFT takes: conversations or texts where the data are such, else prompt and completion."""
+    for whole in ("messages", "text"):
+        if whole in pairs.column_names and all(pairs[whole]):
+            return pairs.select_columns([whole])
     return pairs.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
 
 

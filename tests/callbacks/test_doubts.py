@@ -7,9 +7,10 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from llm_dynamics.callbacks import watch
-from llm_dynamics.callbacks.doubts import forms, warn_of_other_form
+from llm_dynamics.callbacks.doubts import form_of_rows, warn_of_other_form
 from llm_dynamics.likelihood.verdicts import judge
 from llm_dynamics.probes import ProbeSet
+from llm_dynamics.probes.forms import forms
 from llm_dynamics.report import write_report
 from llm_dynamics.runlog import load_run
 from tests.conftest import PREFERENCES
@@ -111,4 +112,8 @@ def test_forms_are_none_where_they_cannot_be_told(model_folder, chat_probes, tmp
     trainer = build_trainer("plain", model_folder, tmp_path)
     trainer.processing_class.chat_template = None
     both = ProbeSet([*make_probes()[:1], *chat_probes[-1:]])
-    assert forms(trainer, both) == {"rows": None, "prompts": "both", "chat_template": False}
+    assert forms(both, trainer.processing_class, form_of_rows(trainer)) == {
+        "rows": None,
+        "prompts": "both",
+        "chat_template": False,
+    }

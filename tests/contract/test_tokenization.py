@@ -1,9 +1,10 @@
 """Contract with TRL: a probe's ids are the ids that the trainers make of the same row."""
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from llm_dynamics.demo.tiny import build_tiny_model
 from llm_dynamics.probes import ProbeSet, TruncationRule, encode_probes
@@ -164,3 +165,64 @@ def test_truncation_cuts_what_the_dpo_collator_cuts(preference_rows, tokenizer, 
             continue
         assert list(by_id[name].input_ids) == ids[mask == 1].tolist()
         assert len(by_id[name].prompt_ids) == n_prompt
+
+
+# ---- every form of rows, as the trainers read it
+
+
+def turns(row, response):
+    return [*row["prompt"], *row[response]]
+
+
+@pytest.mark.parametrize("form", ["messages", "conversations", "text", "transcript"])
+def test_whole_rows_encode_as_in_sft(preference_rows, chat_preference_rows, tokenizer, tmp_path, form):
+    rows = {
+        "messages": [{"messages": turns(row, "chosen")} for row in chat_preference_rows],
+        "conversations": [
+            {"conversations": [{"from": m["role"], "value": m["content"]} for m in turns(row, "chosen")]}
+            for row in chat_preference_rows
+        ],
+        "text": [{"text": f"{row['prompt']} {row['chosen']}"} for row in preference_rows],
+        "transcript": [
+            {"text": f"\n\nHuman: {row['prompt']}\n\nAssistant: {row['chosen']}"} for row in preference_rows
+        ],
+    }[form]
+    encoded = encode_probes(ProbeSet.from_prompt_completion(rows), tokenizer)
+    trained = sft_rows(rows, tokenizer, tmp_path)
+    assert [list(probe.input_ids) for probe in encoded] == [row["input_ids"] for row in trained]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("form", ["explicit", "implicit"])
+def test_pairs_encode_as_in_dpo(preference_rows, chat_preference_rows, tokenizer, tmp_path, chat, form):
+    rows = chat_preference_rows if chat else preference_rows
+    if form == "implicit":
+        rows = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in rows]
+    encoded = iter(encode_probes(ProbeSet.from_preference_dataset(rows), tokenizer))
+    for row in dpo_trainer(rows, tokenizer, tmp_path).train_dataset:
+        for name in ("chosen_ids", "rejected_ids"):
+            assert list(next(encoded).input_ids) == row["prompt_ids"] + row[name]
+
+
+@pytest.mark.parametrize("kind", [bool, int, float, np.bool_, np.int64])
+@pytest.mark.parametrize("chat", [False, True])
+def test_rows_with_labels_encode_as_in_kto(preference_rows, chat_preference_rows, tokenizer, tmp_path, chat, kind):
+    rows = chat_preference_rows if chat else preference_rows
+    rows = [
+        {"prompt": row["prompt"], "completion": row["rejected" if n % 3 else "chosen"], "label": not n % 3}
+        for n, row in enumerate(rows)
+    ]
+    labelled = [{**row, "label": kind(row["label"])} for row in rows]
+    probes = ProbeSet.from_prompt_completion(labelled)
+    encoded = {probe.probe_id: list(probe.input_ids) for probe in encode_probes(probes, tokenizer)}
+    found = [(probe.family == "chosen", encoded[probe.probe_id]) for probe in probes]
+    if kind is bool:
+        build_tiny_model(len(tokenizer)).save_pretrained(tmp_path / "model")
+        trainer = KTOTrainer(
+            str(tmp_path / "model"),
+            args=KTOConfig(output_dir=str(tmp_path / "out"), desirable_weight=2.0, **COMMON),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        assert found == [(r["label"], r["prompt_ids"] + r["completion_ids"]) for r in trainer.train_dataset]
+    assert [desirable for desirable, _ in found] == [row["label"] for row in rows]

@@ -2,17 +2,21 @@
 
 import json
 
+import data
 import datasets
 import dpo
+import kto
 import pytest
+import sft
 import tasks
 from common import check_checkpoint, check_model_folder, run
-from data import PairArguments, as_pair, load_pairs, load_rows, read_transcript, split_transcripts, write_transcript
+from data import PairArguments, load_pairs, load_rows, write_transcript
 from extend_sft import extend
 from tasks import TaskArguments, load_task
 from trl import ScriptArguments
 
 from llm_dynamics import WatchConfig
+from llm_dynamics.probes.forms import OddRow, RowForm, read_transcript, split_transcripts
 
 ASKED = "\n\nHuman: How do I boil an egg?\n\nAssistant: Soft or hard?\n\nHuman: Hard. \n\nAssistant:"
 HH = {"chosen": f"{ASKED} Ten minutes.", "rejected": f"{ASKED} No idea."}
@@ -26,6 +30,10 @@ TURNS = [
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def as_pair(row, *, chat, as_chat=False):
+    return data.as_pair(row, RowForm.of([row], as_chat=as_chat, transcripts=True), chat=chat)
 
 
 def says(text):
@@ -42,13 +50,13 @@ def write_jsonl(path, rows):
 
 
 def test_a_transcript_is_split_byte_for_byte_after_its_last_assistant():
-    pair = split_transcripts(HH["chosen"], HH["rejected"])
-    assert pair == {"prompt": ASKED, "chosen": " Ten minutes.", "rejected": " No idea."}
-    assert pair["prompt"] + pair["chosen"] == HH["chosen"]
+    prompt, chosen, rejected = split_transcripts(HH["chosen"], HH["rejected"])
+    assert (prompt, chosen, rejected) == (ASKED, " Ten minutes.", " No idea.")
+    assert prompt + chosen == HH["chosen"]
 
 
 def test_transcripts_become_plain_pairs_or_chat_messages():
-    assert as_pair(HH, chat=False) == split_transcripts(HH["chosen"], HH["rejected"])
+    assert tuple(as_pair(HH, chat=False).values()) == split_transcripts(HH["chosen"], HH["rejected"])
     assert as_pair(HH, chat=True) == {
         "prompt": TURNS,
         "chosen": says("Ten minutes."),
@@ -61,7 +69,8 @@ def test_transcripts_that_part_before_the_last_answer_are_no_pair():
     empty = {"chosen": HH["chosen"], "rejected": ASKED}
     assert as_pair(other, chat=True) is None
     assert as_pair(empty, chat=False) is None
-    assert split_transcripts("no turns", "at all") is None
+    with pytest.raises(OddRow, match="part before their last answer"):
+        split_transcripts("no turns", "at all")
 
 
 def test_messages_and_transcripts_turn_into_each_other():
@@ -176,7 +185,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(ValueError, match="dataset_streaming"):
         load_rows(ScriptArguments(dataset_name="x/y", dataset_streaming=True), "train")
     path = write_jsonl(tmp_path / "texts.jsonl", [{"text": "no pair"}])
-    with pytest.raises(ValueError, match=r"no row is a preference pair; columns seen: \['text'\].*rename columns"):
+    with pytest.raises(ValueError, match=r"no row is a prompt with two answers; columns seen: \['text'\]"):
         load_pairs(PairArguments(dataset_name=path), chat=True)
     with pytest.raises(FileNotFoundError, match=r"no file missing\.jsonl"):
         load_rows(ScriptArguments(dataset_name="missing.jsonl"), "train")
@@ -236,6 +245,39 @@ def test_extend_holds_both_responses_once_each():
     assert rows.column_names == ["prompt", "completion"]
     assert [row["completion"] for row in rows] == [says("Ten minutes.")] * 2 + [says("No idea.")] * 2
     assert all(row["prompt"] == TURNS for row in rows)
+
+
+def test_rows_of_sft_are_trained_on_as_trl_does(tmp_path):
+    rows = {
+        "messages": {"messages": TURNS + says("Ten.")},
+        "conversations": {"conversations": [{"from": m["role"], "value": m["content"]} for m in TURNS + says("Ten.")]},
+        "completion": {"prompt": TURNS, "completion": says("Ten.")},
+    }
+    for name, row in rows.items():
+        args = PairArguments(dataset_name=write_jsonl(tmp_path / f"{name}.jsonl", [row] * 2))
+        pairs = load_pairs(args, chat=True, needs=("chosen",))
+        assert pairs[0]["prompt"] == TURNS
+        assert pairs[0]["chosen"] == says("Ten.")
+        whole = {"prompt": TURNS, "completion": says("Ten.")} if name == "completion" else rows["messages"]
+        assert sft.chosen_only(pairs).to_list() == [whole] * 2
+        (plain, _) = load_pairs(args, chat=False, needs=("chosen",)).to_list()
+        assert plain == {"prompt": ASKED.replace("Hard. ", "Hard."), "chosen": " Ten."}
+    args = PairArguments(dataset_name=write_jsonl(tmp_path / "text.jsonl", [{"text": "Two and two is four."}]))
+    (text,) = load_pairs(args, chat=False, needs=("chosen",)).to_list()
+    assert (text["prompt"], text["chosen"]) == ("Two and two", " is four.")
+    assert sft.chosen_only(datasets.Dataset.from_list([text])).to_list() == [{"text": "Two and two is four."}]
+    args.as_chat = True
+    with pytest.raises(ValueError, match="a text each, without turns"):
+        load_pairs(args, chat=True, needs=("chosen",))
+
+
+def test_rows_of_kto_keep_their_labels(tmp_path):
+    rows = [{"prompt": f"q{n}", "completion": f" a{n}", "label": n % 3 == 0} for n in range(4)]
+    args = PairArguments(dataset_name=write_jsonl(tmp_path / "kto.jsonl", rows))
+    pairs = load_pairs(args, chat=False, needs=())
+    assert sorted(kto.labelled(pairs).to_list(), key=lambda row: row["prompt"]) == rows
+    probes = WatchConfig(watch_families=["chosen", "rejected"]).build_probes(pairs, None)
+    assert {(p.prompt, p.family) for p in probes} == {(f"q{n}", "rejected" if n % 3 else "chosen") for n in range(4)}
 
 
 # ---- tasks ------------------------------------------------------------------------------------------------------
