@@ -150,6 +150,34 @@ def test_build_takes_rows_that_are_not_rejected(run, tmp_path, preference_rows):
     assert {probe.response for probe in probes if probe.family == "chosen"} == {row["completion"] for row in rows}
 
 
+@pytest.mark.parametrize("flag", ["--as-chat", "--as_chat"])
+def test_build_makes_chat_of_labelled_rows(run, tmp_path, preference_rows, flag):
+    rows = [
+        {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+        for row in preference_rows
+        for name in ("chosen", "rejected")
+    ]
+    assert run("probes", "build", write_jsonl(tmp_path / "r.jsonl", rows), tmp_path / "p.parquet", flag)[0] == 0
+    probes = ProbeSet.load(tmp_path / "p.parquet")
+    assert probes.families == ("chosen", "rejected", "other_train", "ungrammatical")
+    assert {p.response for p in probes if p.family == "rejected"} == {row["rejected"] for row in preference_rows}
+    assert probes[0].prompt == ({"role": "user", "content": preference_rows[0]["prompt"]},)
+
+
+@pytest.mark.parametrize("column", ["messages", "text"])
+def test_build_takes_whole_conversations(run, tmp_path, preference_rows, column):
+    turns = [
+        [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["chosen"]}]
+        for r in preference_rows
+    ]
+    rows = [{column: turn if column == "messages" else f"{turn[0]['content']} {turn[1]['content']}"} for turn in turns]
+    assert run("probes", "build", write_jsonl(tmp_path / "r.jsonl", rows), tmp_path / "p.parquet")[0] == 0
+    probes = ProbeSet.load(tmp_path / "p.parquet")
+    assert probes.families == ("chosen", "other_train", "ungrammatical")
+    if column == "messages":
+        assert {p.response for p in probes if p.family == "chosen"} == {row["chosen"] for row in preference_rows}
+
+
 def test_build_prints_its_summary_for_other_programs(run, pairs, tmp_path):
     status, out, _ = run("probes", "build", pairs, tmp_path / "p.parquet", "--json")
     assert status == 0

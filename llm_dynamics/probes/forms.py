@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pandas as pd
@@ -189,7 +189,7 @@ def read_transcript(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user" if mark == HUMAN else "assistant", "content": text.strip()} for mark, text in turns]
 
 
-def is_messages(value: Any) -> bool:
+def is_messages(value: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     """Return whether `value` is a non-empty sequence of chat messages."""
     return isinstance(value, list | tuple) and bool(value) and all(_is_dict(turn) and "role" in turn for turn in value)
 
