@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llm_dynamics.likelihood import score_responses, squeezing_stats
     from llm_dynamics.probes import Probe, ProbeSet, encode_probes
     from llm_dynamics.report import write_report
+    from llm_dynamics.rules import Verdict, judge
     from llm_dynamics.runlog import load_run, load_runs
     from llm_dynamics.trainers import NTHRConfig, NTHRGRPOTrainer, measure_lld
 
@@ -32,6 +33,7 @@ __all__ = [
     "ProbeCallback",
     "ProbeSet",
     "SqueezingAlert",
+    "Verdict",
     "WatchConfig",
     "account_for_change",
     "align",
@@ -39,6 +41,7 @@ __all__ = [
     "delta",
     "encode_probes",
     "family_curves",
+    "judge",
     "load_run",
     "load_runs",
     "measure_lld",
@@ -66,6 +69,7 @@ _FOLDERS = {
     "likelihood": ("score_responses", "squeezing_stats"),
     "probes": ("Probe", "ProbeSet", "encode_probes"),
     "report": ("write_report",),
+    "rules": ("Verdict", "judge"),
     "runlog": ("load_run", "load_runs"),
     "trainers": ("NTHRConfig", "NTHRGRPOTrainer", "measure_lld"),
 }

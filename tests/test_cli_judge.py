@@ -8,8 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llm_dynamics import cli
-from llm_dynamics.likelihood import judge
-from llm_dynamics.likelihood.verdicts import RULE_NAMES
+from llm_dynamics.rules import RULE_NAMES, judge
 from llm_dynamics.runlog import load_run
 from tests.report.synthetic import DPO_DELTA, SFT_DELTA, write_run, write_values
 

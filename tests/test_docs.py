@@ -18,8 +18,8 @@ from llm_dynamics.demo.products import letter_reward, product_questions
 from llm_dynamics.demo.reinforcement import QUICK, product_probes
 from llm_dynamics.demo.tiny import build_tiny_model, build_tiny_tokenizer
 from llm_dynamics.influence import RULES
-from llm_dynamics.likelihood.verdicts import _RULES as RULES_OF_VERDICTS
 from llm_dynamics.probes import FAMILY_ORDER, HH_COLUMNS
+from llm_dynamics.rules import RULE_NAMES
 from llm_dynamics.runlog import load_run, schema
 from llm_dynamics.trainers.nthr.config import METHODS
 from tests.conftest import PREFERENCES
@@ -143,7 +143,7 @@ def test_every_other_example_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_page_on_curves_names_every_verdict(tmp_path):
-    for name, *_ in RULES_OF_VERDICTS:
+    for name in RULE_NAMES:
         assert f"*{name}*" in CURVES or name in ("first-order account", "probes and log"), name
 
 

@@ -29,7 +29,8 @@ class InfluenceSettings:
         training_tokens: Families and probe ids whose training tokens are told apart, at one gradient and one pass over
             the training batch each; None: "chosen" and "rejected" where they are accounted for, else the first family.
             () for none. For these families, `own_share` says what examples with a probe's own prompt did.
-        tokens_every: Tell training tokens apart at the first step and every `tokens_every * every` steps.
+        tokens_every: Tell training tokens apart at the first step and every `tokens_every * every` steps; 1 for all
+            that are explained, the last among them.
         map_probes: Probes for which the M x L influence between their tokens and the tokens of the training example
             that moved them most is kept, at the steps of `tokens_every`; one gradient and one pass over that example
             per probe token. Probe ids; or how many, in turn from "chosen" and "rejected" (else from the first family);
@@ -116,7 +117,7 @@ class InfluenceSettings:
 
     def tells_tokens(self, step: int) -> bool:
         """Tell whether training tokens are told apart at the explained step `step`."""
-        return step == 1 or step % (self.every * self.tokens_every) == 0
+        return step == 1 or self.tokens_every == 1 or step % (self.every * self.tokens_every) == 0
 
 
 def _check_choice(name: str, value: str, allowed: Collection[str]) -> None:

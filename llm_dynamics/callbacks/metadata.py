@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerState
 
 from llm_dynamics.callbacks.doubts import form_of_rows
+from llm_dynamics.callbacks.roles import trained_on
 from llm_dynamics.likelihood.head import unwrap_model
 from llm_dynamics.probes.forms import forms
 
@@ -39,6 +40,7 @@ def describe_run(callback: ProbeCallback, state: TrainerState) -> dict[str, Any]
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "trainer": type(trainer).__name__,
+        "trained_on": trained_on(trainer),
         "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
         "model_class": type(model).__name__,
         "adapter": type(wrapped).__name__ if wrapped is not model else None,

@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 from transformers import Trainer
-from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
 
 from llm_dynamics.influence import as_one, by_halves, by_push
 from llm_dynamics.influence.tape import Labelling
+
+
+def trained_on(trainer: Trainer) -> str | None:
+    """Tell what a trainer's loss is given: by its kind, else by the columns of its rows, never by its name.
+
+    Returns:
+        "pairs" (chosen and rejected), "unpaired" (completions with a label: wanted or not), "rollouts" (completions
+        that the model samples and that are rewarded), "plain" (texts), or None where the rows do not say.
+    """
+    for kind, given in ((SFTTrainer, "plain"), (DPOTrainer, "pairs"), (KTOTrainer, "unpaired")):
+        if isinstance(trainer, kind):
+            return given
+    if hasattr(trainer, "reward_funcs"):
+        return "rollouts"
+    columns = list(getattr(trainer.train_dataset, "column_names", None) or ())
+    begins = {start: any(name.startswith(start) for name in columns) for start in ("chosen", "rejected", "completion")}
+    if begins["chosen"] and begins["rejected"]:
+        return "pairs"
+    if begins["completion"] and "label" in columns:
+        return "unpaired"
+    return "plain" if columns else None
 
 
 def role_labelling(trainer: Trainer) -> Labelling:

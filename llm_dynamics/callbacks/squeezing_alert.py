@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from llm_dynamics import _trl
 from llm_dynamics.callbacks.probe import watcher_of
 from llm_dynamics.callbacks.sharding import broadcast
-from llm_dynamics.likelihood.verdicts import is_squeezing
+from llm_dynamics.rules import is_squeezing
 from llm_dynamics.runlog import load_run
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ _ALERTS: Mapping[str, Callable[[Any, str, str], None]] = {
 
 
 class SqueezingAlert(TrainerCallback):
-    """Judges each observation of the trainer's `ProbeCallback` by the rule `squeezing` (`likelihood.verdicts`).
+    """Judges each observation of the trainer's `ProbeCallback` by the rule `squeezing` (`llm_dynamics.rules`).
 
     When it is found first, one warning with the numbers that decide goes to the log, and to the alerts of wandb or
     trackio where the run reports there (`report_to`). With `stop_on="squeezing"` training stops at the end of that

@@ -14,7 +14,7 @@ from llm_dynamics.cli.runs import _named_runs
 from llm_dynamics.cli.show import console, print_json, printable
 
 if TYPE_CHECKING:
-    from llm_dynamics.likelihood import Verdict
+    from llm_dynamics.rules import Verdict
     from llm_dynamics.runlog import RunLog
 
 EXIT_FOUND = 3
@@ -41,7 +41,7 @@ def judge(
 
     Example: `llm-dynamics judge runs/dpo --fail-on squeezing --fail-on "likelihood displacement"`
     """
-    from llm_dynamics.likelihood import judge as judged
+    from llm_dynamics.rules import judge as judged
     from llm_dynamics.runlog import load_runs
 
     stops = _rules_named(fail_on or [])
@@ -72,7 +72,7 @@ def _rules_named(given: Sequence[str]) -> set[str]:
     Raises:
         ValueError: For a name that is none.
     """
-    from llm_dynamics.likelihood.verdicts import RULE_NAMES
+    from llm_dynamics.rules import RULE_NAMES
 
     by_key = {name.replace("-", " "): name for name in RULE_NAMES}
     named: set[str] = set()

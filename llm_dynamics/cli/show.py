@@ -36,6 +36,8 @@ def _without_nan(value: Any) -> Any:
 
 def moved_table(title: str, moved: pd.DataFrame) -> Table:
     """Return a table of `what_moved`: families, start, end and change."""
+    from llm_dynamics.frames.numbers import nats
+
     table = Table(title=title)
     table.add_column("family", style="bold", no_wrap=True)
     for heading in ("start", "end", "change", "change per token"):
@@ -44,10 +46,10 @@ def moved_table(title: str, moved: pd.DataFrame) -> Table:
         colour = "green" if row["delta"] > 0 else "red"
         table.add_row(
             row["family"],
-            f"{row['start']:.1f}",
-            f"{row['end']:.1f}",
-            Text(f"{row['delta']:+.1f}", colour),
-            Text(f"{row['delta_per_token']:+.2f}", colour),
+            nats(row["start"]),
+            nats(row["end"]),
+            Text(nats(row["delta"], sign=True), colour),
+            Text(nats(row["delta_per_token"], sign=True), colour),
         )
     return table
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from llm_dynamics.likelihood.resampling import Resamples
+from llm_dynamics.frames.resampling import Resamples
 
 
 def prompt_interval(

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from llm_dynamics.report.causes import OTHERS, OWN, Cause, FamilyAccount, Names
-from llm_dynamics.report.text import precise_nats
+from llm_dynamics.report.text import nats, percent
 from llm_dynamics.runlog import RunLog
 
 _NAMED = 0.05
@@ -29,7 +29,7 @@ def in_words(account: FamilyAccount, names: Names) -> str:
     n_steps = len(account.steps)
     over = f"over {n_steps} explained step{'s' if n_steps != 1 else ''}"
     moved = account.measured
-    fell = f"{account.family} {'fell' if moved < 0 else 'rose'} {precise_nats(abs(moved), sign=False)} nats {over}"
+    fell = f"{account.family} {'fell' if moved < 0 else 'rose'} {nats(abs(moved))} nats {over}"
     merged = account.merged()
     totals = {name: math.fsum(cause.share for cause in parts) for name, parts in merged.items()}
     largest = max((abs(total) for total in totals.values()), default=0.0)
@@ -40,18 +40,22 @@ def in_words(account: FamilyAccount, names: Names) -> str:
     clauses = [_clause(names.get(name, name), totals[name], merged[name]) for name in named]
     rest = math.fsum(total for name, total in totals.items() if name not in named)
     if len(named) < len(totals):
-        clauses.append(f"everything else adds {precise_nats(rest)}")
+        clauses.append(f"everything else adds {nats(rest, True)}")
     return f"{fell}: {'; '.join(clauses)}."
 
 
-def steps_in_words(run: RunLog) -> str:
-    """Say how many of the run's optimizer steps were explained."""
+def steps_explained(run: RunLog) -> tuple[int, int]:
+    """Return how many of the run's optimizer steps were explained, and of how many that were watched."""
     explained, observed = run.explained_steps, run.observed_steps
     first = min([explained[0] - 1, *observed[:1]])
-    done = max(explained[-1], *observed[-1:], int(run.meta.get("finished_at_step") or 0)) - first
-    if len(explained) >= done:
+    return len(explained), max(explained[-1], *observed[-1:], int(run.meta.get("finished_at_step") or 0)) - first
+
+
+def steps_in_words(explained: int, done: int) -> str:
+    """Say how many of a run's optimizer steps were explained."""
+    if explained >= done:
         return f"All {done} optimizer steps were explained." if done > 1 else "The one optimizer step was explained."
-    shown = f"{len(explained)} of {done} optimizer steps were explained"
+    shown = f"{explained} of {done} optimizer steps were explained"
     return f"{shown}; the bars add up over those, not over the whole run."
 
 
@@ -68,13 +72,13 @@ def balance_in_words(accounts: pd.DataFrame) -> str:
     if pooled is None:
         return "How much the account explains is not known: its norms are not finite."
     text = (
-        f"The account explains {_percent(pooled)} of the measured change "
+        f"The account explains {percent(pooled)} of the measured change "
         "(1 − |remainder|² / |change|² over the tokens of the explained probes)"
     )
     by_gradient = accounts["explained_by_gradient"]
     alone = _pooled(accounts, (1 - by_gradient) * accounts["measured_norm"] ** 2)
     if alone is not None:
-        text += f"; the plain gradient in place of the optimizer's update, scaled as well as can be: {_percent(alone)}"
+        text += f"; the plain gradient in place of the optimizer's update, scaled as well as can be: {percent(alone)}"
     return f"{text}."
 
 
@@ -88,10 +92,10 @@ def notes(accounts: pd.DataFrame) -> list[str]:
 
 
 def _clause(name: str, total: float, parts: list[Cause]) -> str:
-    text = f"{name} {'pushed it down' if total < 0 else 'pulled it up'} by {precise_nats(abs(total), sign=False)}"
+    text = f"{name} {'pushed it down' if total < 0 else 'pulled it up'} by {nats(abs(total))}"
     split = {cause.part: cause.share for cause in parts}
     if {OWN, OTHERS} <= split.keys():
-        text += f" (its own prompt’s {precise_nats(split[OWN])}, other prompts’ {precise_nats(split[OTHERS])})"
+        text += f" (its own prompt’s {nats(split[OWN], True)}, other prompts’ {nats(split[OTHERS], True)})"
     return text
 
 
@@ -101,15 +105,3 @@ def _pooled(accounts: pd.DataFrame, missed: pd.Series) -> float | None:
     good = np.isfinite(missed) & np.isfinite(change)
     total = float(change[good].sum())
     return 1 - float(missed[good].sum()) / total if total > 0 else None
-
-
-def _percent(value: float) -> str:
-    """Write a part of one in percent, with digits enough to be told from 100."""
-    missing = abs(1 - value)
-    if not missing:
-        return "100 %"
-    digits = 1 if missing >= 0.001 else min(5, math.ceil(-math.log10(missing)) - 1)
-    text = f"{100 * value:.{digits}f}"
-    if text == f"{100:.{digits}f}" and value < 1:
-        return "more than 99.9999 %"
-    return f"{text.replace('-', '−')} %"

@@ -14,7 +14,6 @@ from llm_dynamics.frames import family_curves, squeezing_curves, what_moved
 from llm_dynamics.report import figures
 from llm_dynamics.report.families import ARGMAX, GROUPS, argmax_of, ordered, style_of
 from llm_dynamics.report.measured import measured
-from llm_dynamics.report.statements import reading
 from llm_dynamics.runlog import RunLog, RunLogs
 
 _VARIANTS = [
@@ -45,7 +44,6 @@ def run_view(name: str, run: RunLog) -> dict[str, Any]:
         "left_out": int(moved["n_nonfinite"].iloc[:-1].sum()),
         "squeezed": [{"name": family, "style": style_of(family)} for family in squeezed],
         "squeezing_measured": bool(squeezing.notna().any(axis=None)),
-        "statements": reading(run),
         "measured": shown,
         "meta": rest,
     }

@@ -3,7 +3,7 @@
 ((page) => {
   "use strict";
   const { report, all, css } = page;
-  const { made, nats, precise, sentence, strongTokens } = page.sentences;
+  const { made, nats, sentence, strongTokens } = page.sentences;
   const WIDTH = 20, HEIGHT = 22, HEAD = 112; // of a cell, and of the labels above; pixels, as in the style sheet
   const PAPER = 660; // pixels between the margins of A4 and of a letter
   const LISTED = 8;
@@ -89,7 +89,7 @@
       parts.cell.hidden = tip.hidden = false;
       parts.cell.style.translate = `${column * WIDTH}px ${row * HEIGHT}px`;
       const share = cells[row][column];
-      tip.replaceChildren(made("strong", "", Number.isNaN(share) ? "not finite" : `${precise(share)} nats`),
+      tip.replaceChildren(made("strong", "", Number.isNaN(share) ? "not finite" : `${nats(share)} nats`),
         made("span", "", "training token ", made("code", "", label(map.tokens[column], 30)), ` (${map.columns[column] + 1})`),
         made("span", "", "on watched token ", made("code", "", label(probe.tokens[map.rows[row]], 30)), ` (${map.rows[row] + 1})`));
       const { offsetWidth, offsetHeight } = tip;

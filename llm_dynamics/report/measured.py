@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_dynamics.frames.numbers import percent, seconds
 from llm_dynamics.report.families import ordered
 from llm_dynamics.runlog import RunLog
 
@@ -20,6 +21,7 @@ _FIRST = (
     "tokenizer",
     "forms",
     "trainer",
+    "trained_on",
     "max_steps",
     "arguments",
     "seed",
@@ -62,11 +64,18 @@ def _from_tables(run: RunLog) -> list[tuple[str, str]]:
     removed = f"{int((cut > 0).sum())} of the probes, {int(cut.sum())} tokens removed"
     rows.append(("truncated", removed if cut.any() else "none"))
     if not steps.empty:
-        observing = steps["seconds_observing"].sum()
-        overhead = steps["overhead"].dropna()
-        share = f", {overhead.iloc[-1]:.1%} of the time spent training" if len(overhead) else ""
-        rows.append(("cost of watching", f"{observing:.1f} s{share}"))
+        rows.append(("cost of watching", _cost(run)))
     return rows
+
+
+def _cost(run: RunLog) -> str:
+    """Say what observing and explaining took, and that sum against the training, which is counted without both."""
+    observing, training = (float(run.steps[f"seconds_{name}"].sum()) for name in ("observing", "training"))
+    explaining = float(run.accounts["seconds"].sum())
+    parts = f"observing {seconds(observing)}" + (f" + explaining {seconds(explaining)}" if explaining else "")
+    watching = observing + explaining
+    share = f", {percent(watching / training)} of the {seconds(training)} of training" if training else ""
+    return f"{seconds(watching)} ({parts}){share}"
 
 
 def _written(value: Any) -> str:

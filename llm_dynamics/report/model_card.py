@@ -8,7 +8,7 @@ from llm_dynamics.frames import what_moved
 from llm_dynamics.report.families import ARGMAX
 from llm_dynamics.report.markdown import escaped, markdown_table
 from llm_dynamics.report.rollouts import question_deltas
-from llm_dynamics.report.text import nats, precise_nats
+from llm_dynamics.report.text import nats
 from llm_dynamics.runlog import RunLog
 
 HEADING = "## Learning dynamics"
@@ -57,7 +57,7 @@ def _families(run: RunLog) -> list[str]:
             "change per token": moved["delta_per_token"],
         }
     )
-    signed = dict.fromkeys(("change", "change per token"), lambda value: precise_nats(value))
+    signed = dict.fromkeys(("change", "change per token"), lambda value: nats(value, True))
     plain = dict.fromkeys((f"log-prob at step {steps[0]}", f"at step {steps[-1]}"), lambda value: nats(value))
     parts = [
         f"What steps {steps[0]} to {steps[-1]} did to the log-probability of responses that were watched: means over "
@@ -78,9 +78,9 @@ def _displacement(run: RunLog) -> list[str]:
     if deltas.empty:
         return []
     by_step = deltas.groupby("step")["delta"].mean()
-    mean = precise_nats(deltas["delta"].mean())
+    mean = nats(deltas["delta"].mean(), True)
     rose = int((deltas["delta"] > 0).sum())
-    last = f"; the last, step {by_step.index[-1]}, by {precise_nats(by_step.iloc[-1])}" if len(by_step) > 1 else ""
+    last = f"; the last, step {by_step.index[-1]}, by {nats(by_step.iloc[-1], True)}" if len(by_step) > 1 else ""
     return [
         f"Lazy likelihood displacement, `lld/delta`: {len(by_step)} measured step{'s' if len(by_step) != 1 else ''} "
         f"changed the log-prob of the correct responses that they were taken on by {mean} nats on average (mean over "

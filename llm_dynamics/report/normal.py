@@ -1,13 +1,14 @@
-"""What the section "Is it normal?" shows: the verdicts of each run, what was found first."""
+"""What the page shows of the verdicts on a run: what was found first, then what went as hoped, and statements."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from llm_dynamics.likelihood.verdicts import judge
+from llm_dynamics.report.statements import statements
 from llm_dynamics.report.text import visible
+from llm_dynamics.rules import judge
 from llm_dynamics.runlog import RunLog
 
 _MINUS = re.compile(r"(?<![\w.-])-(?=\d|inf\b)")
@@ -22,15 +23,15 @@ def normal_view(name: str, run: RunLog) -> dict[str, Any]:
         run: The run log.
 
     Returns:
-        `name`, `trainer`; `found`, `clear` and `unknown`, each a list of `likelihood.verdicts.Verdict` as dicts, with
-        `unsure`, whose texts are safe to show.
+        `name`, `trainer`; `found`, `clear` and `unknown`, each a list of verdicts on faults (`rules.Verdict` as dicts);
+        `hoped`, those on hopes that came true; `statements`. All texts are safe to show.
     """
-    verdicts = [
-        asdict(verdict) | {"evidence": _MINUS.sub("−", visible(verdict.evidence)), "unsure": verdict.unsure}
-        for verdict in judge(run)
-    ]
-    by_status = {
-        status: [verdict for verdict in verdicts if verdict["status"] == status]
-        for status in ("found", "clear", "unknown")
+    verdicts = [replace(own, evidence=_MINUS.sub("−", visible(own.evidence))) for own in judge(run)]
+    faults = [asdict(own) for own in verdicts if own.kind == "fault"]
+    return {
+        "name": name,
+        "trainer": str(run.meta.get("trainer") or ""),
+        **{status: [own for own in faults if own["status"] == status] for status in ("found", "clear", "unknown")},
+        "hoped": [asdict(own) for own in verdicts if own.kind == "hope" and own.status == "found"],
+        "statements": statements(verdicts),
     }
-    return {"name": name, "trainer": str(run.meta.get("trainer") or ""), **by_status}

@@ -12,7 +12,22 @@ const page = (() => {
   const colour = (family) => report.families[family][isDark() ? "dark" : "light"];
   const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
   const shortened = (text) => (text.length > 19 ? text.slice(0, 18) + "…" : text);
-  const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
+  // numbers as llm_dynamics/frames/numbers.py writes them
+  const minus = (text) => text.replaceAll("-", "−"); // of an exponent, too
+  const nats = (value) => {
+    if (value === null) return "–";
+    const size = Math.abs(Number(value.toPrecision(3)));
+    const digits = size >= 10 || !size ? 1 : size >= 1 ? 2 : size >= 0.1 ? 3 : 4;
+    return (value > 0 ? "+" : "") + minus(size && size < 5e-5 ? value.toExponential(1) : (value || 0).toFixed(digits));
+  };
+  const percent = (share) => {
+    if (share === null) return "–";
+    const missing = Math.abs(1 - share);
+    const size = Math.abs(share);
+    const nines = Math.max(1, Math.ceil(-Math.log10(missing) - 1e-6) - 2);
+    const digits = missing && missing < 0.01 ? nines : size >= 1 ? 0 : size >= 0.01 ? 1 : 2;
+    return minus(Number((100 * share).toFixed(digits)).toString()) + "%";
+  };
 
   // ---- looks that all figures share, taken from the style sheet
   const axis = (more) => ({
@@ -197,5 +212,5 @@ const page = (() => {
   window.addEventListener("afterprint", () => { delete root.dataset.print; drawAll(); });
   drawAll();
   // What a part of the page has still to unpack: the page says that it is drawn when these promises are settled.
-  return { report, all, css, draw, escaped, isDark, rove, signed, touch, pending: [] };
+  return { report, all, css, draw, escaped, isDark, nats, percent, rove, touch, pending: [] };
 })();

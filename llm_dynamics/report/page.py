@@ -24,7 +24,7 @@ from llm_dynamics.report.figures import PANELS
 from llm_dynamics.report.glance import glance
 from llm_dynamics.report.normal import normal_view
 from llm_dynamics.report.rollouts import rollout_views
-from llm_dynamics.report.text import json_for_script, nats, precise_nats
+from llm_dynamics.report.text import json_for_script, nats, percent
 from llm_dynamics.report.token_section import token_section
 from llm_dynamics.report.why import why_section
 from llm_dynamics.runlog import RunLog, RunLogs
@@ -103,7 +103,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["nats"] = nats
-    environment.filters["precise_nats"] = precise_nats
+    environment.filters["percent"] = percent
     return environment.get_template("page.html.j2")
 
 

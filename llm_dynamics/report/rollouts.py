@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from llm_dynamics.report.rollout_sentences import MAX_CORRECT, MAX_WRONG, ranked_completions, sentences
-from llm_dynamics.report.text import precise_nats, rounded
+from llm_dynamics.report.text import nats, percent, rounded
 from llm_dynamics.runlog import RunLog, RunLogs
 
 PANELS = (
@@ -96,11 +96,11 @@ def reading(rows: list[dict[str, Any]]) -> str:
         under = f" under {row['name']}" if len(rows) > 1 else ""
         if math.isfinite(row["delta"]):
             unit, them = ("", "") if moves else (" nats a step on average", " of them")
-            moved = f"{'fell' if row['delta'] < 0 else 'rose'} by {precise_nats(abs(row['delta']), False)}"
-            moves.append(f"{moved}{unit}{under} ({_percent(row['fell'])}{them} fell)")
+            moved = f"{'fell' if row['delta'] < 0 else 'rose'} by {nats(abs(row['delta']))}"
+            moves.append(f"{moved}{unit}{under} ({percent(row['fell'])}{them} fell)")
         if row["n_wrong"]:
             tokens = f"{row['n_selected']:,} of {row['n_wrong']:,} wrong tokens were selected"
-            spared.append(f"{tokens}{under} ({_percent(row['n_selected'] / row['n_wrong'])})")
+            spared.append(f"{tokens}{under} ({percent(row['n_selected'] / row['n_wrong'])})")
     said = f"Correct responses {_listed(moves)}." if moves else "No change of a correct response was measured."
     return f"{said} In scored groups, {_listed(spared)}." if spared else said
 
@@ -158,10 +158,6 @@ def _why_none(run: RunLog) -> str:
     if run.rollouts["success_rate"].between(0, 1, inclusive="neither").any():
         return "The method of this run scores no tokens and selects no tokens."
     return "No question had both correct and wrong completions, so there was nothing to score or select."
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.{0 if share in (0.0, 1.0) or 0.0995 <= share < 0.995 else 1}f}\u00a0%"
 
 
 def _listed(clauses: list[str]) -> str:

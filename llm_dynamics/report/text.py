@@ -11,6 +11,8 @@ import math
 import unicodedata
 from typing import Any
 
+from llm_dynamics.frames import numbers
+
 _JSON_ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 _BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _PICTURES = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
@@ -48,21 +50,19 @@ def token_label(token: str, longest: int = 14) -> str:
     return shown if len(shown) <= longest else f"{shown[: longest - 1]}…"
 
 
-def nats(value: float, sign: bool = False, digits: int = 1) -> str:
-    """Write a number of nats with a true minus sign; a dash where it is not finite."""
-    if not math.isfinite(value):
-        return "–"
-    return format(value, f"{'+' if sign else ''}.{digits}f").replace("-", "−")
+def nats(value: float, sign: bool = False) -> str:
+    """Write a number of nats as `frames.numbers` does, with a true minus sign."""
+    return numbers.nats(value, sign=sign).replace("-", "−")
+
+
+def percent(share: float) -> str:
+    """Write a share in percent as `frames.numbers` does, with a true minus sign."""
+    return numbers.percent(share).replace("-", "−")
 
 
 def rounded(value: float | None, digits: int = 5) -> float | None:
     """Round to `digits` significant digits; None for what is not finite: JSON knows neither NaN nor infinity."""
     return float(f"{value:.{digits}g}") if value is not None and math.isfinite(value) else None
-
-
-def precise_nats(value: float, sign: bool = True) -> str:
-    """Write a number of nats with enough digits to be told from zero."""
-    return nats(value, sign, 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 4)
 
 
 def prompt_text(prompt: str) -> str:

@@ -20,7 +20,7 @@
   };
   const swatch = (family) => page.all("#curve-legend [data-family]")
     .find((button) => button.dataset.family === family)?.querySelector(".swatch").cloneNode(true) ?? "";
-  const nats = (value) => (value === null ? "not finite" : `${(value < 0 ? "−" : "+") + Math.abs(value).toFixed(1)} nats`);
+  const nats = (value) => (value === null ? "not finite" : `${page.nats(value)} nats`);
   const digits = () => Math.max(2, Math.ceil(-Math.log10(shown.tokens.resolution)));
   const plain = (value) => (value === null ? "–" : value.toFixed(digits()).replace("-", "−"));
   const signed = (value) => (value === null ? "–" : (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits()));

@@ -2,12 +2,7 @@
 // alone, and plotly through escaped().
 ((page) => {
   "use strict";
-  const { report, all, css, draw, escaped, isDark, touch } = page;
-  const minus = (text) => text.replaceAll("-", "−"); // of an exponent, too
-  const digits = (value) => (Math.abs(value) >= 10 ? 1 : Math.abs(value) >= 0.1 ? 2 : 4);
-  const written = (value) => (value && Math.abs(value) < 0.001 ? value.toPrecision(2) : value.toFixed(digits(value)));
-  const nats = (value) => (value === null ? "–" : (value < 0 ? "" : "+") + minus(written(value)));
-  const precise = (value) => (value === null ? "–" : (value < 0 ? "" : "+") + minus(Number(value.toPrecision(2)).toString()));
+  const { report, all, css, draw, escaped, isDark, nats, percent, touch } = page;
 
   const made = (tag, className, ...children) => {
     const element = document.createElement(tag);
@@ -57,12 +52,9 @@
   const FLOOR = 1e-8, CEILING = 1;
   function drawExplained(element, curve) {
     const missing = (share) => Math.min(CEILING, Math.max(FLOOR, 1 - share));
-    const nines = (share) => Math.max(0, Math.round(-Math.log10(missing(share))) - 2); // digits that tell it from 100 %
-    const percent = (share, more = 1) => (share === null ? "–" : share >= 1 ? "100 %"
-      : `${minus((100 * share).toFixed(nines(share) + more))} %`);
     const low = curve.explained.map((share, i) => share < 0.9 && !curve.hardly[i]);
     const lowest = curve.size > 1 ? `, the lowest of ${curve.size} steps` : "";
-    const told = curve.steps.map((_, i) => [percent(curve.explained[i]), curve.moved[i] === null ? "–" : precise(curve.moved[i]).replace("+", "")]);
+    const told = curve.steps.map((_, i) => [percent(curve.explained[i]), nats(curve.moved[i]).replace("+", "")]);
     const few = curve.steps.length <= 60;
     const traces = [{
       type: "scatter", mode: few ? "lines+markers" : "lines", x: curve.steps, y: curve.explained.map(missing), customdata: told,
@@ -85,7 +77,7 @@
       shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 0.1, y1: 0.1, line: { color: css("--fell"), width: 1.4, dash: "dash" } }],
       xaxis: { title: { text: "optimizer step", standoff: 6 }, ...(curve.steps.length <= 10 ? { tickvals: curve.steps } : { nticks: 12 }) },
       yaxis: { type: "log", range: [Math.log10(most) + 0.25, Math.log10(least) - 0.4], tickvals: ticks,
-        ticktext: ticks.map((value) => (value === 1 ? "0 %" : value <= FLOOR ? "all" : percent(1 - value, 0))) },
+        ticktext: ticks.map((value) => (value === 1 ? "0%" : value <= FLOOR ? "all" : percent(1 - value))) },
     });
   }
 
@@ -102,7 +94,7 @@
         const strength = share === null ? 0 : Math.max(-1, Math.min(1, share / limit));
         const word = token.trimStart() || token; // the space before a word is not tinted, so that words stay apart
         const span = made(mark ? "mark" : "span", strength < -0.3 ? "token fell" : "token", word);
-        span.title = share === null ? "not finite" : `${precise(share)} nats`;
+        span.title = share === null ? "not finite" : `${nats(share)} nats`;
         span.style.backgroundColor = `rgb(var(${strength < 0 ? "--fell-rgb" : "--rose-rgb"}) / ${Math.abs(strength) * 0.55})`;
         text.append(token.slice(0, token.length - word.length), span);
         if (mark) text.append(made("sup", "place", String(mark.place)));
@@ -118,7 +110,7 @@
     for (const mark of card.marks) {
       const pull = mark.c === null ? "" : mark.c < 0 ? ", the loss pulls it up" : mark.c > 0 ? ", the loss pushes it down" : "";
       const item = made("li", "", made("span", "place", String(mark.place)), made("code", "", mark.token.replaceAll(" ", "·")),
-        made("strong", "", `${nats(mark.share)} nats`), made("span", "detail", `c ${precise(mark.c)}`, made("span", "pull", pull)));
+        made("strong", "", `${nats(mark.share)} nats`), made("span", "detail", `c ${nats(mark.c)}`, made("span", "pull", pull)));
       list.append(item);
     }
     return list;
@@ -205,5 +197,5 @@
   }
   document.addEventListener("draw", drawAll);
   drawAll();
-  page.sentences = { made, nats, precise, sentence, strongTokens };
+  page.sentences = { made, nats, sentence, strongTokens };
 })(page);

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_dynamics.likelihood.verdicts import too_small_to_measure
-from llm_dynamics.report.account_words import balance_in_words, in_words, notes, steps_in_words
+from llm_dynamics.report.account_words import balance_in_words, in_words, notes, steps_explained, steps_in_words
 from llm_dynamics.report.causes import (
     Cause,
     FamilyAccount,
@@ -22,9 +21,10 @@ from llm_dynamics.report.causes import (
 from llm_dynamics.report.families import style_of
 from llm_dynamics.report.influence_map_data import MAX_CELLS, map_data
 from llm_dynamics.report.palette import cause_colours
-from llm_dynamics.report.text import precise_nats, rounded
+from llm_dynamics.report.text import nats, rounded
 from llm_dynamics.report.why_explained import explained_by_step, explained_in_words
 from llm_dynamics.report.why_tokens import target_data
+from llm_dynamics.rules import too_small_to_measure
 from llm_dynamics.runlog import RunLog, RunLogs
 
 MAX_BARS = 120
@@ -87,13 +87,14 @@ def why(
         the explained share by step; `targets`, the strongest training tokens and examples of each; `maps`.
     """
     names, accounts = cause_names(run), family_accounts(run) if accounts is None else accounts
-    hardly = too_small_to_measure(run)
+    hardly, explained_of = too_small_to_measure(run), steps_explained(run)
     targets, maps = target_data(run, max_tokens), map_data(run, max_cells)
     view = {
         "name": name,
         "trainer": str(run.meta.get("trainer", "")),
         "n_explained": len(run.explained_steps),
-        "steps": steps_in_words(run),
+        "explained_of": explained_of,
+        "steps": steps_in_words(*explained_of),
         "balance": balance_in_words(run.accounts),
         "explained": explained_in_words(run.accounts, hardly),
         "notes": notes(run.accounts),
@@ -103,11 +104,20 @@ def why(
         "n_targets": targets.n_targets,
         "n_shown": len(targets.shown),
         "n_token_steps": targets.n_steps,
+        "token_steps": _token_steps(run),
         "maps": maps.view,
     }
     steps = {family: _by_step(account, names) for family, account in accounts.items()}
     data = {"families": steps, "explained": explained_by_step(run.accounts, hardly), "targets": targets.shown}
     return view, data | {"maps": maps.data}
+
+
+def _token_steps(run: RunLog) -> str:
+    """Say why training tokens were kept of some explained steps alone, and how they are kept of all."""
+    every = int((run.meta.get("influence") or {}).get("tokens_every") or 1)
+    if every > 1:
+        return f"tokens_every={every} keeps them at the first step and each {every}th; tokens_every=1 at all"
+    return "the others had no loss, or their update or their forward could not be taken apart"
 
 
 def _levels(account: FamilyAccount) -> list[float]:
@@ -130,7 +140,7 @@ def _waterfall(account: FamilyAccount, names: Names, scale: Extent | None = None
             "label": label_of(cause, names),
             "colours": cause_colours(cause.name, cause.part),
             "share": cause.share,
-            "gathered": ", ".join(f"{label_of(one, names)} {precise_nats(one.share)}" for one in cause.gathered),
+            "gathered": ", ".join(f"{label_of(one, names)} {nats(one.share, True)}" for one in cause.gathered),
             **bar(start, end),
         }
         for cause, start, end in zip(account.causes, levels[:-1], levels[1:], strict=True)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llm_dynamics.likelihood.verdicts import THRESHOLDS
-from llm_dynamics.report.text import rounded
+from llm_dynamics.report.text import percent, rounded
+from llm_dynamics.rules import THRESHOLDS
 
-LINE = 0.9
+LINE = THRESHOLDS["explained"]
 MAX_POINTS = 240
 """Points drawn; where more steps were explained, the lowest of consecutive ones is drawn."""
 _NAMED = 6
@@ -68,20 +68,15 @@ def explained_in_words(accounts: pd.DataFrame, hardly: pd.Series) -> str:
         steps = ", ".join(str(step) for step in low["step"].head(_NAMED)) + (", …" if len(low) > _NAMED else "")
         worst = low.loc[low["explained"].idxmin()]
         parts.append(
-            f"Below {LINE} in {len(low)} of {len(told)} steps ({steps}), lowest {worst['explained']:.2g} at step "
-            f'{int(worst["step"])}: read the shares of these as a rough guide, or explain with rule="gauss2".'
+            f"Below {percent(LINE)} in {len(low)} of {len(told)} steps ({steps}), lowest "
+            f"{percent(worst['explained'])} at step {int(worst['step'])}: "
+            'read the shares of these as a rough guide, or explain with rule="gauss2".'
         )
     elif len(told):
-        parts.append(f"No step is below {LINE}; the lowest is {_digits(float(told['explained'].min()))}.")
+        parts.append(f"No step is below {percent(LINE)}; the lowest is {percent(float(told['explained'].min()))}.")
     if hardly.any():
         n = int(hardly.sum())
         limit = THRESHOLDS["measurable_nats"]
         moved = f"{n} step{'s' if n > 1 else ''} moved a probe token by less than {limit:.5f} nats (root mean square)"
         parts.append(f"{moved}, too little to tell: drawn hollow.")
     return " ".join(parts).replace("-", "−")
-
-
-def _digits(value: float) -> str:
-    """Write a share with as many nines as it has, and one digit more."""
-    missing = 1 - value
-    return f"{value:.{1 + math.ceil(-math.log10(missing))}f}".rstrip("0") if missing > 1e-8 else "1"

@@ -8,10 +8,10 @@ from transformers import AutoTokenizer
 
 from llm_dynamics.callbacks import watch
 from llm_dynamics.callbacks.doubts import form_of_rows, warn_of_other_form
-from llm_dynamics.likelihood.verdicts import judge
 from llm_dynamics.probes import ProbeSet
 from llm_dynamics.probes.forms import forms
 from llm_dynamics.report import write_report
+from llm_dynamics.rules import judge
 from llm_dynamics.runlog import load_run
 from tests.conftest import PREFERENCES
 from tests.training import KINDS, build_trainer, dataset_for, make_probes, save_tiny_model

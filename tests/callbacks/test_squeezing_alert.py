@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 import llm_dynamics.callbacks.squeezing_alert as module
 from llm_dynamics import SqueezingAlert, load_run, watch
-from llm_dynamics.likelihood.verdicts import is_squeezing
+from llm_dynamics.rules import is_squeezing
 from tests.callbacks.trackers import fake_wandb
 from tests.training import build_trainer, make_probes, own_rows, save_tiny_model, weights_of
 

@@ -33,6 +33,7 @@ META = {
     "arguments": {"loss_type": ["sigmoid"], "beta": 0.1, "optim": "adamw_torch", "learning_rate": 2e-4, "seed": 7},
     "every": 5, "truncation": {"max_length": 512, "mode": "keep_start"}, "squeeze_strength": 0.5,
 }  # fmt: skip
+TRAINED_ON = {"SFTTrainer": "plain", "Trainer": "plain", "DPOTrainer": "pairs", "GRPOTrainer": "rollouts"}
 WORDS = ["About", " ten", " minutes", " in", " gently", " boil", "ing", " water", ",", " then", " cool", " it", "."]
 
 
@@ -66,7 +67,16 @@ def write_run(
         for number in range(n_prompts)
     )
     writer = RunLogWriter(folder)
-    writer.start(probes, {"trainer": trainer, "model": "HuggingFaceTB/SmolLM2-135M-Instruct", **META, **(meta or {})})
+    writer.start(
+        probes,
+        {
+            "trainer": trainer,
+            "trained_on": TRAINED_ON.get(trainer),
+            "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            **META,
+            **(meta or {}),
+        },
+    )
     start = pd.Series([START.get(family, -50.0) for family in probes["family"]]) + rng.normal(0, 3, len(probes))
     slope = np.array([delta[family] for family in probes["family"]]) * rng.uniform(0.6, 1.4, len(probes))
     weights = rng.dirichlet(np.ones(n_tokens), len(probes))
@@ -126,7 +136,7 @@ def write_values(folder: Path, values: dict, *, steps=(0, 10, 20), trainer="DPOT
          "response": "r", "n_cut": 0}
     )  # fmt: skip
     writer = RunLogWriter(folder)
-    writer.start(probes, {"trainer": trainer})
+    writer.start(probes, {"trainer": trainer, "trained_on": TRAINED_ON.get(trainer)})
     for place, step in enumerate(steps):
         sequences = probes[["probe_id", "prompt_id", "family"]].assign(
             n_tokens=[(n_tokens or {}).get(name, 2) for name in names],

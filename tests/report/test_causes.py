@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llm_dynamics.report import family_accounts
-from llm_dynamics.report.account_words import balance_in_words, in_words, notes, steps_in_words
+from llm_dynamics.report.account_words import balance_in_words, in_words, notes, steps_explained, steps_in_words
 from llm_dynamics.report.causes import cause_names, label_of
 from llm_dynamics.report.palette import cause_colours
 from llm_dynamics.report.why import why
@@ -162,11 +162,13 @@ def test_a_family_that_nothing_moved_did_not_move(run):
 def test_it_is_said_whether_every_step_was_explained(tmp_path, run):
     for step in range(1, 5):
         run = account(run, step, {"up": 1.0})
-    assert steps_in_words(run) == "All 4 optimizer steps were explained."
+    assert steps_in_words(*steps_explained(run)) == "All 4 optimizer steps were explained."
     other = bare_run(tmp_path / "other", steps=(0, 20))
     for step in (1, 11):
         other = account(other, step, {"up": 1.0})
-    assert steps_in_words(other).startswith("2 of 20 optimizer steps were explained; the bars add up over those")
+    assert steps_in_words(*steps_explained(other)).startswith(
+        "2 of 20 optimizer steps were explained; the bars add up over those"
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from html import unescape
 
 import pytest
 
-from llm_dynamics.likelihood.verdicts import judge
 from llm_dynamics.report import write_report
 from llm_dynamics.report.glance import MOST, _why
+from llm_dynamics.rules import judge
 from llm_dynamics.runlog import load_runs
 
 from .synthetic import HOSTILE, write_accounts, write_run, write_values

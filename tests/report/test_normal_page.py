@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm_dynamics.likelihood.verdicts import judge
 from llm_dynamics.report import write_report
 from llm_dynamics.report.normal import normal_view
+from llm_dynamics.rules import judge
 from llm_dynamics.runlog import load_run, load_runs
 from llm_dynamics.runlog.schema import SEQUENCES, part_name
 

@@ -9,22 +9,24 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from llm_dynamics.likelihood.resampling import agreement
+from llm_dynamics.frames.numbers import percent
+from llm_dynamics.frames.resampling import Resamples, agreement
 
 THRESHOLDS: Mapping[str, float] = {
     "least_nats": 0.01,  # a response's log-prob that moves less counts as one that stays: 1% of its probability
-    "displaced_share": 0.5,  # of chosen probes that lie below their start
-    "falling_share": 0.8,  # of families that fall while the greedy tokens rise
+    "most": 0.5,  # of probes, prompts or families: more than this part of them is "most"
+    "general_share": 0.8,  # of families that move the same way: nearly all that is watched
     "valley_p": 0.1,  # exp of rejected's mean log-prob per token before preference training
     "valley_tau0": 0.01,  # probability below which tokens fall with rejected; in a model that is sure of nothing, ~ 0
     "transfer_share": 0.25,  # of chosen's rise per token that other_train shows, beyond that of held-out answers
     "lazy_share": 0.25,  # of mixed questions whose correct answers did not rise
     "explained": 0.9,  # share of a step's change that the account must explain
     "measurable_nats": 1e-5,  # root mean square change of a probe token, below which float32 measures its own rounding
-    "fewest_probes": 10,  # of a family
+    "fewest_prompts": 6,  # of a family: resamples of fewer say little
     "truncated_share": 0.1,  # of probes that lost tokens
     "sure": 0.95,  # share of resamples that must decide as the run does, or the verdict says that it is unsure
 }
+LEAST = THRESHOLDS["least_nats"]
 
 
 class RunTables(Protocol):
@@ -62,7 +64,7 @@ class Finding:
     Attributes:
         found: (1 + R,) for the run itself and for each resample of its prompts or questions; (1,) where there are none.
         numbers: The numbers that decide, with units.
-        drawn: What was resampled, such as "6 prompts".
+        drawn: What was resampled, such as "6 prompts"; empty where nothing is.
     """
 
     found: np.ndarray
@@ -75,11 +77,13 @@ class Finding:
         return agreement(self.found)
 
     @property
-    def evidence(self) -> str:
-        """The numbers, and how sure the decision is where it is not."""
-        if self.agreement is None or self.agreement >= THRESHOLDS["sure"]:
-            return self.numbers
-        return f"{self.numbers}; unsure: {self.agreement:.0%} of resamples of its {self.drawn} decide so"
+    def doubt(self) -> str:
+        """Why the decision is unsure; empty where it is not. A single prompt is one: it has no spread to resample."""
+        if self.agreement is None:
+            return f"unsure: it rests on {self.drawn} alone" if self.drawn else ""
+        if self.agreement >= THRESHOLDS["sure"]:
+            return ""
+        return f"unsure: {percent(self.agreement)} of resamples of its {self.drawn} decide so"
 
 
 Outcome = Finding | str
@@ -113,6 +117,14 @@ def changes_of(sequences: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
+def family_changes(moved: pd.DataFrame) -> tuple[Resamples, dict[str, np.ndarray]]:
+    """Return resamples of the prompts and, by family with a finite change, its mean change in each, (1 + R,), nats."""
+    seen = moved[moved["delta"].notna()]
+    prompts = Resamples(seen["prompt_id"])
+    families = seen.groupby("family", sort=False)
+    return prompts, {str(name): prompts.mean(rows["delta"], rows["prompt_id"]) for name, rows in families}
+
+
 def finite_values(values: pd.Series) -> pd.Series:
     """Return values as floats, NaN where they are not finite."""
     numbers = values.astype(float)
@@ -122,11 +134,6 @@ def finite_values(values: pd.Series) -> pd.Series:
 def divided(values: pd.Series, by: pd.Series) -> pd.Series:
     """Return quotients, NaN where they are not finite."""
     return finite_values(finite_values(values) / finite_values(by))
-
-
-def counted(count: int, one: str, many: str | None = None) -> str:
-    """Return a number with its noun, such as "6 prompts"."""
-    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def say_left_out(rows: pd.DataFrame, missing: pd.Series, why: str = "not finite, or not seen at both ends") -> str:

@@ -7,6 +7,8 @@ another seed of the training run.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import pandas as pd
 
@@ -31,11 +33,7 @@ class Resamples:
     def __init__(self, groups: pd.Series, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> None:
         self._index = pd.Index(groups.dropna().unique()).sort_values()
         self.size = len(self._index)
-        self._weights = np.ones((1, self.size))  # (1 + R, Q)
-        if self.size > 1:
-            chances = np.full(self.size, 1 / self.size)
-            drawn = np.random.default_rng(seed).multinomial(self.size, chances, size=n_resamples)
-            self._weights = np.vstack([self._weights, drawn])
+        self._weights = _weights(self.size, n_resamples, seed)  # (1 + R, Q)
 
     def mean(self, values: pd.Series, groups: pd.Series) -> np.ndarray:
         """Return the mean of `values` over its rows in every resample.
@@ -54,6 +52,16 @@ class Resamples:
         counts = np.bincount(places[kept], minlength=self.size)  # (Q,)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             return (self._weights @ sums) / (self._weights @ counts)
+
+
+@lru_cache(maxsize=2)
+def _weights(size: int, n_resamples: int, seed: int) -> np.ndarray:
+    """Return how often each of `size` groups is drawn, (1 + R, Q): a dozen rules draw the same prompts."""
+    itself = np.ones((1, size))
+    if size < 2:
+        return itself
+    drawn = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=n_resamples)
+    return np.vstack([itself, drawn])
 
 
 def agreement(decisions: np.ndarray) -> float | None:

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llm_dynamics.likelihood import judge
-from tests.likelihood.judged_runs import Runs, ends
+from llm_dynamics.rules import judge
+from tests.rules.judged_runs import Runs, ends
 
 
 @pytest.fixture(scope="module")

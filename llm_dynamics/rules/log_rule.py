@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from llm_dynamics.likelihood.verdict_terms import THRESHOLDS, Finding, Outcome, RunTables, counted, finite_values
+from llm_dynamics.frames.numbers import counted
+from llm_dynamics.rules.terms import THRESHOLDS, Finding, Outcome, RunTables, finite_values
 
 
 def find_log_problems(run: RunTables, moved: pd.DataFrame) -> Outcome:
@@ -46,12 +47,12 @@ def _log_problems(run: RunTables) -> list[tuple[str, str]]:
     cut = int((finite_values(probes["n_cut"]) > 0).sum())
     if len(probes) and cut / len(probes) > THRESHOLDS["truncated_share"]:
         problems.append((f"{cut} of {counted(len(probes), 'probe')} truncated", _LOG_REMEDIES["truncated"]))
-    counts = probes["family"].value_counts(sort=False)
-    few = counts[counts < THRESHOLDS["fewest_probes"]]
+    counts = probes.groupby("family", sort=False)["prompt_id"].nunique()
+    few = counts[counts < THRESHOLDS["fewest_prompts"]]
     if len(few):
         named = f" ({', '.join(map(str, few.index))})" if len(few) < len(counts) or len(few) <= 3 else ""
         told = (
-            f"fewer than {THRESHOLDS['fewest_probes']:g} probes in {len(few)} of "
+            f"fewer than {THRESHOLDS['fewest_prompts']:g} prompts in {len(few)} of "
             f"{counted(len(counts), 'family', 'families')}{named}: {few.min()} in the smallest"
         )
         problems.append((told, _LOG_REMEDIES["few"]))

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llm_dynamics.likelihood.resampling import N_RESAMPLES, Resamples, agreement
+from llm_dynamics.frames.resampling import N_RESAMPLES, Resamples, agreement
 
 GROUPS = pd.Series(["a", "a", "b", "c", "c", "c"])
 VALUES = pd.Series([1.0, 2.0, -3.0, 4.0, np.nan, 6.0])
