@@ -57,11 +57,16 @@ def test_every_verdict_of_every_run_is_printed_with_remedies_for_what_is_found(r
     for name, text in (("sft", first), ("dpo", second)):
         verdicts = judge(load_run(folders / name))
         for own in verdicts:
-            said = {"found": "found", "clear": "clear", "unknown": "not told"}[own.status]
+            said = {
+                "fault": {"found": "found", "clear": "clear", "unknown": "not told"},
+                "hope": {"found": "as hoped", "clear": "not so", "unknown": "not told"},
+                "course": {"found": "yes", "clear": "no", "unknown": "not told"},
+            }[own.kind][own.status]
             assert f"{said} {own.name}: {own.evidence}" in text
-            assert (f"limit: {own.threshold} remedy: {own.remedy}" in text) is (own.status == "found")
-    assert first.startswith("sft (SFTTrainer, steps 0 to 10): 1 found, 3 clear, 3 not told ")
-    assert second.startswith("3 found, 1 clear, 3 not told ")
+            fault = own.kind == "fault" and own.status == "found"
+            assert (f"limit: {own.threshold} remedy: {own.remedy}" in text) is fault
+    assert first.startswith("sft (SFTTrainer, steps 0 to 10): 1 found, 4 clear, 3 not told ")
+    assert second.startswith("3 found, 2 clear, 3 not told ")
     assert all(len(line) <= 80 for line in out.splitlines())
 
 
@@ -85,7 +90,8 @@ def test_json_is_all_that_stdout_has(run, folders):
     ],
 )
 def test_the_exit_status_is_3_where_what_is_named_was_found(run, folders, options, expected):
-    found = {own.name for own in judge(load_run(folders / "dpo")) if own.status == "found"}
+    faults = [own for own in judge(load_run(folders / "dpo")) if own.kind == "fault"]
+    found = {own.name for own in faults if own.status == "found"}
     assert found == {"likelihood displacement", "squeezing", "valley"}
     status, out, _ = run(folders / "dpo", *options)
     assert status == expected

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 EXIT_FOUND = 3
 """Exit status where a verdict of `--fail-on` was found; 1 is an error, 2 a wrong use of the command line."""
 ANY = "found"
-_MARKS = {"found": ("found", "bold red"), "clear": ("clear", "green"), "unknown": ("not told", "dim")}
+_MARKS = {
+    "fault": {"found": ("found", "bold red"), "clear": ("clear", "green"), "unknown": ("not told", "dim")},
+    "hope": {"found": ("as hoped", "green"), "clear": ("not so", "bold"), "unknown": ("not told", "dim")},
+    "course": {"found": ("yes", ""), "clear": ("no", ""), "unknown": ("not told", "dim")},
+}
 
 
 def judge(
@@ -33,8 +37,8 @@ def judge(
 ) -> None:
     """Judge runs by named rules: likelihood displacement, squeezing, valley and more.
 
-    Each verdict is found, clear, or not told by this run, with the numbers that decide, the limit and a remedy. It says
-    "unsure" where resampling the prompts often decides otherwise.
+    Each fault is found, clear, or not told by this run, with the numbers that decide, the limit and a remedy; then
+    what one hopes for, and what is usual in such runs. "Unsure": resampling the prompts often decides otherwise.
 
     Exit status: 0, or 3 where something of --fail-on (repeatable) was found; 1 where a run cannot be read. What a run
     does not tell is not found.
@@ -85,7 +89,8 @@ def _rules_named(given: Sequence[str]) -> set[str]:
 
 
 def _heading(name: str, run: RunLog, verdicts: Sequence[Verdict]) -> Text:
-    counts = [f"{sum(own.status == status for own in verdicts)} {_MARKS[status][0]}" for status in _MARKS]
+    faults = [own.status for own in verdicts if own.kind == "fault"]
+    counts = [f"{faults.count(status)} {text}" for status, (text, _) in _MARKS["fault"].items()]
     steps = run.observed_steps
     span = f", steps {steps[0]} to {steps[-1]}" if steps else ""
     trainer = printable(f" ({run.meta.get('trainer') or 'unknown trainer'}{span}): ")
@@ -98,10 +103,10 @@ def _lines(verdicts: Sequence[Verdict]) -> Table:
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column()
-    for own in verdicts:
-        text, style = _MARKS[own.status]
+    for own in sorted(verdicts, key=lambda one: [*_MARKS].index(one.kind)):
+        text, style = _MARKS[own.kind][own.status]
         table.add_row(Text(f"  {text}", style), Text.assemble((own.name, "bold"), ": ", printable(own.evidence)))
-        if own.status == "found":
+        if own.status == "found" and own.kind == "fault":
             table.add_row("", Text.assemble(("limit: ", "dim"), own.threshold))
             table.add_row("", Text.assemble(("remedy: ", "dim"), own.remedy))
     return table

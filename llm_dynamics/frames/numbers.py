@@ -38,7 +38,7 @@ def percent(share: float) -> str:
     missing, size = abs(1 - share), abs(share)
     digits = 0 if size >= 1 else 1 if size >= 0.01 else 2
     if 0 < missing < 0.01:
-        digits = min(4, max(1, math.ceil(round(-math.log10(missing), 6)) - 2))
+        digits = min(5, math.ceil(round(-math.log10(missing), 6)) - 1)
     text = f"{100 * share:.{digits}f}"
     if share < 1 and float(text) == 100:
         return "more than 99.9999%"

@@ -24,7 +24,7 @@ const page = (() => {
     if (share === null) return "–";
     const missing = Math.abs(1 - share);
     const size = Math.abs(share);
-    const nines = Math.max(1, Math.ceil(-Math.log10(missing) - 1e-6) - 2);
+    const nines = Math.ceil(-Math.log10(missing) - 1e-6) - 1;
     const digits = missing && missing < 0.01 ? nines : size >= 1 ? 0 : size >= 0.01 ? 1 : 2;
     return minus(Number((100 * share).toFixed(digits)).toString()) + "%";
   };

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer
 
-from llm_dynamics.callbacks.roles import role_labelling
+from llm_dynamics.callbacks.roles import role_labelling, trained_on
 from llm_dynamics.influence import MicroBatch
 from tests.callbacks.explained import explain, short_probes
 from tests.conftest import FIRST, PREFERENCES, SECOND
-from tests.training import build_trainer, many_letters, save_tiny_model
+from tests.training import KINDS, build_trainer, many_letters, save_tiny_model
 
 CHOSEN = {row["prompt"]: row["chosen"] for row in PREFERENCES}
 REJECTED = {row["prompt"]: row["rejected"] for row in PREFERENCES}
@@ -87,3 +90,61 @@ def test_the_roles_of_a_trainer_divide_its_tokens(kind, model_folder, tmp_path):
         pulled, pushed = sorted(masks, key=lambda name: name in ("rejected", "undesirable", "wrong"))
         assert masks[pulled][:, 0].tolist() == [True, True, False, False]
         assert masks[pushed][:, 0].tolist() == [False, False, True, True]
+
+
+class Leaning(DPOTrainer):
+    """A DPO of another name."""
+
+
+class ThumbsOnly(KTOTrainer):
+    """A KTO of another name."""
+
+
+class Sampled(GRPOTrainer):
+    """A GRPO of another name."""
+
+
+KIN = {"dpo": (Leaning, "pairs"), "kto": (ThumbsOnly, "unpaired"), "grpo": (Sampled, "rollouts"),
+       "sft": (None, "plain"), "rloo": (None, "rollouts"), "plain": (None, "plain")}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KIN)
+def test_what_a_loss_is_given_does_not_hang_on_the_trainers_name(kind, model_folder, tmp_path, monkeypatch):
+    kin, given = KIN[kind]
+    if kin is not None:
+        monkeypatch.setitem(KINDS, kind, (kin, KINDS[kind][1]))
+    trainer = build_trainer(kind, model_folder, tmp_path)
+    assert trained_on(trainer) == given
+    assert kin is None or type(trainer) is kin
+
+
+@pytest.mark.parametrize(("name", "config"), [("cpo.CPOTrainer", "CPOConfig"), ("orpo.ORPOTrainer", "ORPOConfig")])
+def test_trainers_of_pairs_that_are_no_dpo_are_known_by_their_columns(name, config, model_folder, tmp_path):
+    module = pytest.importorskip(f"trl.experimental.{name.split('.')[0]}")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    arguments = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True, "report_to": "none", "max_length": 64}
+    trainer = getattr(module, name.split(".")[1])(
+        model=AutoModelForCausalLM.from_pretrained(model_folder),
+        args=getattr(module, config)(**arguments),
+        train_dataset=Dataset.from_list(PREFERENCES),
+        processing_class=tokenizer,
+    )
+    assert trained_on(trainer) == "pairs"
+
+
+class Bare:
+    """A trainer of which the rows alone are known."""
+
+    def __init__(self, *columns):
+        self.train_dataset = Dataset.from_dict({name: [0] for name in columns}) if columns else [{"chosen": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "given"),
+    [
+        (("chosen_input_ids", "rejected_input_ids"), "pairs"), (("prompt", "completion", "label"), "unpaired"),
+        (("input_ids", "labels"), "plain"), (("text", "label"), "plain"), ((), None),
+    ],
+)  # fmt: skip
+def test_rows_say_what_a_loss_is_given_where_the_trainer_is_of_no_known_kind(columns, given):
+    assert trained_on(Bare(*columns)) == given

@@ -11,9 +11,11 @@ from transformers import TrainerCallback
 
 import llm_dynamics.callbacks.squeezing_alert as module
 from llm_dynamics import SqueezingAlert, load_run, watch
+from llm_dynamics.probes import ProbeSet
 from llm_dynamics.rules import is_squeezing
 from tests.callbacks.trackers import fake_wandb
-from tests.training import build_trainer, make_probes, own_rows, save_tiny_model, weights_of
+from tests.conftest import PREFERENCES
+from tests.training import build_trainer, own_rows, save_tiny_model, weights_of
 
 PROJECT = "llm-dynamics-alerts"
 LARGE_STEPS = {"learning_rate": 2e-2, "lr_scheduler_type": "constant", "per_device_train_batch_size": 6}
@@ -29,14 +31,22 @@ def our_warnings(caplog):
     caplog.set_level(logging.WARNING, logger="llm_dynamics")
 
 
+def falling_probes():
+    """Rejected, and the same texts as a family that is not trained on: both fall in a DPO run with large steps."""
+    families = ("rejected", "rejected_semantic")
+    return ProbeSet.from_preference_dataset(
+        PREFERENCES, n_prompts=4, families=families, columns={"rejected_semantic": "rejected"}
+    )
+
+
 def warnings(caplog):
     return [record.message for record in caplog.records if record.name == module.__name__]
 
 
 def train(model_folder, folder, *, every=1, max_steps=5, callbacks=(), arguments=None, **alert):
-    """A DPO run with a large learning rate, of which rejected is watched, with its alert."""
+    """A DPO run with a large learning rate, of which rejected and texts like it are watched, with its alert."""
     trainer = build_trainer("dpo", model_folder, folder, max_steps=max_steps, **LARGE_STEPS, **arguments or {})
-    watch(trainer, make_probes(families=("rejected",)), every=every, tokens=False)
+    watch(trainer, falling_probes(), every=every, tokens=False)
     alert = SqueezingAlert(trainer, **alert)
     for callback in (alert, *callbacks):
         trainer.add_callback(callback)
@@ -199,7 +209,7 @@ def test_the_alert_changes_nothing_of_the_training(model_folder, tmp_path):
 
 def test_other_processes_read_no_log_and_stop_as_the_main_one_says(model_folder, tmp_path, monkeypatch, caplog):
     trainer = build_trainer("dpo", model_folder, tmp_path)
-    watcher = watch(trainer, make_probes(families=("rejected",)))
+    watcher = watch(trainer, falling_probes())
     alert = SqueezingAlert(trainer, stop_on="squeezing")
     sent = []
 

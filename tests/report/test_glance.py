@@ -50,7 +50,7 @@ def test_it_tells_what_fell_and_what_rose(page, both):
 def test_every_verdict_that_was_found_is_named_with_its_remedy_and_leads_to_its_numbers(page, both):
     for place, (name, run) in enumerate(both.runs.items()):
         text = glance_at(page, name)
-        found = [verdict for verdict in judge(run) if verdict.status == "found"]
+        found = [verdict for verdict in judge(run) if verdict.status == "found" and verdict.kind == "fault"]
         assert found
         for number, verdict in enumerate(found):
             unsure = ", unsure" if verdict.unsure else ""
@@ -68,15 +68,16 @@ def test_every_link_leads_somewhere(page):
 
 def test_it_tells_why_where_steps_were_explained(explained, tmp_path):
     text = glance_at(write_report(explained, tmp_path / "report.html").read_text("utf-8"), explained.name)
-    assert re.search(r"why chosen -\d+\.\d+ nats in the explained steps: pushed down most by [a-z ,]+ \(-", text)
+    assert re.search(r"why chosen -\d+\.\d+ nats in all 24 steps: pushed down most by [a-z ,]+ \(-", text)
 
 
 def test_momentum_is_put_in_words_where_it_is_named():
     named = {"name": "chosen", "measured": -1.0, "bars": [{"label": "momentum", "share": -2.0}]}
     other = named | {"bars": [{"label": "rejected tokens", "share": -2.0}]}
-    assert _why([named]).endswith("by momentum (−2.00). Momentum is what the optimizer still applies of the gradients "
-                                  "of earlier steps.")  # fmt: skip
-    assert _why([other]).endswith("by rejected tokens (−2.00).")
+    assert _why([named], (1, 1)).endswith(
+        "by momentum (−2.00). Momentum is what the optimizer still applies of the gradients of earlier steps."
+    )
+    assert _why([other], (1, 2)) == "chosen −1.00 nats in 1 of 2 steps: pushed down most by rejected tokens (−2.00)."
 
 
 def test_where_no_step_was_explained_it_says_how(page):
@@ -97,7 +98,7 @@ def test_a_run_too_short_to_compare_says_so(tmp_path, steps):
 def test_nothing_found_is_said(tmp_path):
     run = write_run(tmp_path / "run", "Trainer", {"chosen": 3.0, "rejected": 4.0}, steps=(0, 5), n_prompts=10)
     text = write_report(run, tmp_path / "report.html").read_text("utf-8")
-    assert "No rule found anything." in glance_at(text, run.name)
+    assert "No rule found a fault." in glance_at(text, run.name)
 
 
 def test_names_are_escaped(hostile_account, tmp_path):

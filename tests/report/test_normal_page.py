@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from llm_dynamics.frames.numbers import percent
 from llm_dynamics.report import write_report
 from llm_dynamics.report.normal import normal_view
 from llm_dynamics.rules import judge
@@ -41,14 +42,13 @@ def page(both, tmp_path_factory):
 def test_every_verdict_of_every_run_is_told(page, both, run):
     markup = verdicts_on(page, run)
     text, cards = shown(markup), [shown(card) for card in markup.split('<div class="verdict">')[1:]]
-    verdicts = judge(both[run])
-    assert {verdict.status for verdict in verdicts} == ({"found", "clear", "unknown"} if run == "sft" else
-                                                        {"found", "unknown"})  # fmt: skip
+    verdicts = [own for own in judge(both[run]) if own.kind == "fault"]
+    assert {verdict.status for verdict in verdicts} == {"found", "clear", "unknown"}
     found = [verdict for verdict in verdicts if verdict.status == "found"]
     answered = [verdict for verdict in verdicts if verdict.status != "unknown"]
     assert len(cards) == len(found)
     assert text.startswith(f"> {run}")
-    assert f"{len(found)} of the {len(answered)} rules that this run can answer found something." in text
+    assert f"{len(found)} of the {len(answered)} rules for faults that this run can answer found something." in text
     for card, verdict in zip(cards, found, strict=True):
         said = [f"found {verdict.name} {verdict.question}", f"seen {verdict.evidence}", f"limit {verdict.threshold}"]
         for part in [*said, f"remedy {verdict.remedy}"]:
@@ -69,7 +69,7 @@ def test_what_was_found_comes_before_what_is_clear_and_the_unknown_is_folded(pag
 
 def test_status_is_a_word_and_a_shape(page):
     marks = re.findall(r'class="status"><span aria-hidden="true">(.)</span> ([a-z ]+)<', section(page))
-    assert dict(marks) == {"▲": "found", "○": "clear", "?": "not told"}
+    assert dict(marks) == {"▲": "found", "✓": "as hoped", "○": "clear", "?": "not told"}
     assert len(marks) == section(page).count('class="status"')
 
 
@@ -97,7 +97,7 @@ def test_a_verdict_that_hangs_on_a_few_prompts_says_so_on_the_page(tmp_path):
     (unsure,) = (own for own in judge(run) if own.name == "likelihood displacement")
     assert unsure.agreement < 0.95
     text = shown(verdicts_on(write_report(run, tmp_path / "report.html").read_text("utf-8"), run.name))
-    assert f"unsure: {unsure.agreement:.0%} of resamples of its 12 prompts decide so" in text
+    assert f"unsure: {percent(unsure.agreement)} of resamples of its 12 prompts decide so" in text
 
 
 def test_a_minus_is_a_minus_and_a_name_keeps_its_hyphen(tmp_path):
@@ -113,7 +113,7 @@ def test_a_minus_is_a_minus_and_a_name_keeps_its_hyphen(tmp_path):
 def test_nothing_found_is_said(tmp_path):
     run = write_run(tmp_path / "run", "Trainer", {"chosen": 3.0, "rejected": 4.0}, steps=(0, 5), n_prompts=10)
     text = write_report(run, tmp_path / "report.html").read_text("utf-8")
-    assert "None of the 3 rules that this run can answer found something." in section(text)
+    assert "None of the 2 rules for faults that this run can answer found something." in section(text)
     assert '<div class="verdict">' not in section(text)
 
 
@@ -121,7 +121,7 @@ def test_names_of_runs_and_families_are_escaped(hostile, tmp_path):
     text = write_report(load_runs({HOSTILE: hostile.path}), tmp_path / "report.html").read_text("utf-8")
     assert HOSTILE not in section(text)
     assert not {"img", "script"} & set(Outline(section(text)).tags)
-    assert HOSTILE in unescape(section(text)).split("fewer than 10 probes in 3 of 3 families")[1]
+    assert HOSTILE in unescape(section(text)).split("fewer than 6 prompts in 3 of 3 families")[1]
 
 
 def test_what_would_act_in_a_name_is_drawn_out(tmp_path):
@@ -144,7 +144,7 @@ def test_runs_of_every_kind_are_judged(tmp_path, kind):
         run = write_values(tmp_path / "run", {"chosen-1": [-1.0] * 2, "rejected-1": [-2.0] * 2}, steps=steps)
     text = shown(verdicts_on(write_report(run, tmp_path / "report.html").read_text("utf-8"), run.name))
     assert {"grpo": "found lazy likelihood", "one observation": "one observation: nothing to compare",
-            "empty": "no observation: nothing to compare", "no statistics": "squeezing needs finite greedy tokens",
+            "empty": "no observation: nothing to compare", "no statistics": "squeezing needs a family that is not",
             "all NaN": "1 probe with NaN or infinite tokens"}[kind] in text  # fmt: skip
     assert not re.search(r"[+-]?\bnan\b", text)
 

@@ -12,6 +12,7 @@ import pytest
 
 import llm_dynamics.report
 from llm_dynamics.report import write_report
+from llm_dynamics.report.measured import measured
 from llm_dynamics.runlog import load_runs
 
 from .synthetic import DPO_DELTA, HOSTILE, write_run, write_values
@@ -104,13 +105,25 @@ def test_statements_say_whether_they_came_true(page):
     assert re.search(r"<span class=\"mark\">yes</span>\s*<div><p class=\"claim\">rejected falls fastest", page)
 
 
+def test_the_cost_of_watching_is_one_sum_in_seconds_and_against_the_same_training(explained):
+    run = explained
+    observing, explaining = run.steps["seconds_observing"].sum(), run.accounts["seconds"].sum()
+    run.steps["seconds_training"] = 10.0
+    cost = dict(measured(run)[0])["cost of watching"]
+    assert cost == "28.5 s (observing 4.5 s + explaining 24.0 s), 95% of the 30.0 s of training"
+    assert observing + explaining == 28.5
+    run.accounts["seconds"] = 0.0
+    assert dict(measured(run)[0])["cost of watching"] == "4.5 s (observing 4.5 s), 15% of the 30.0 s of training"
+    run.steps["seconds_training"] = 0.0
+    assert dict(measured(run)[0])["cost of watching"] == "4.5 s (observing 4.5 s)"
+
+
 def test_measured_shows_meta_and_tolerates_its_absence(page, tmp_path):
     for part in (
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         "llm-dynamics 0.1.0, torch 2.9.0",
         "beta 0.1",
         "seed 7",
-        "4.0%",
     ):
         assert part in page
     bare = write_report(write_values(tmp_path / "run", {"chosen-1": [-1, -2, -3]}, trainer=None), tmp_path / "p.html")
@@ -159,7 +172,7 @@ def test_a_run_too_short_to_compare_renders(tmp_path, steps):
         run = write_values(tmp_path / "empty", {"chosen-1": []}, steps=())
     text = write_report(run, tmp_path / "report.html").read_text("utf-8")
     assert Outline(text).headings == QUESTIONS
-    assert ("only one observation" if steps else "no observation") in text
+    assert "needs two observations" in text
     assert embedded(Outline(text))["compares"] is False
 
 

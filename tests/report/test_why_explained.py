@@ -55,16 +55,16 @@ def test_of_many_steps_the_lowest_that_moved_something_is_drawn(monkeypatch):
 def test_steps_below_the_line_are_named_and_those_that_hardly_moved_are_not_counted():
     words = words_of(accounts((0.95, 1.0), (0.5, 1.0), (-0.25, 1.0), (0.1, 1e-6)))
     assert words.startswith(
-        "Below 0.9 in 2 of 3 steps (2, 3), lowest −0.25 at step 3: read the shares of these as a rough"
+        "Below 90% in 2 of 3 steps (2, 3), lowest −25% at step 3: read the shares of these as a rough"
     )
     assert "1 step moved a probe token by less than 0.00001 nats (root mean square)" in words
     many = words_of(accounts(*[(0.5, 1.0)] * 9))
     assert "in 9 of 9 steps (1, 2, 3, 4, 5, 6, …)" in many
 
 
-@pytest.mark.parametrize(("lowest", "said"), [(0.93, "0.93"), (0.99986, "0.99986"), (1.0, "1")])
+@pytest.mark.parametrize(("lowest", "said"), [(0.93, "93%"), (0.99986, "99.986%"), (1.0, "100%")])
 def test_where_no_step_is_below_the_line_the_lowest_is_told_with_its_nines(lowest, said):
-    assert words_of(accounts((1.0, 1.0), (lowest, 1.0))) == f"No step is below 0.9; the lowest is {said}."
+    assert words_of(accounts((1.0, 1.0), (lowest, 1.0))) == f"No step is below 90%; the lowest is {said}."
 
 
 def test_without_a_finite_share_nothing_is_said():

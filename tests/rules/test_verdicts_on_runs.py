@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from llm_dynamics.frames.numbers import nats, percent
 from llm_dynamics.rules import judge
 from tests.rules.judged_runs import Runs, ends
 
@@ -68,8 +69,8 @@ def test_dpo_that_takes_chosen_down_is_found_and_the_sft_loss_clears_it(dpo, dpo
         delta = (table["logp_sum_end"] - table["logp_sum_start"]).groupby(table["family"])
         fell = (table["logp_sum_end"] < table["logp_sum_start"])[table["family"] == "chosen"]
         assert own.evidence == (
-            f"chosen {delta.mean()['chosen']:+.2f} nats on average, {fell.sum()} of its 12 probes below their start; "
-            f"margin over rejected {delta.mean()['chosen'] - delta.mean()['rejected']:+.2f} nats"
+            f"chosen {nats(delta.mean()['chosen'], sign=True)} nats on average, {fell.sum()} of its 12 probes "
+            f"below their start; margin over rejected {nats(delta.mean()['chosen'] - delta.mean()['rejected'], sign=True)} nats"
         )
 
 
@@ -92,8 +93,8 @@ def test_pushing_unlikely_responses_squeezes_and_pushing_likely_ones_does_not(pu
     rise = (rejected["argmax_logp_sum_end"] - rejected["argmax_logp_sum_start"]).mean()
     before, after = ((rejected[f"collision_sum_{end}"] / rejected["n_tokens"]).mean() for end in ("start", "end"))
     assert found.evidence == (
-        f"{fell.sum()} of 6 families fell; along rejected the greedy tokens {rise:+.2f} nats, collision probability "
-        f"{before:.3g} to {after:.3g}"
+        f"{fell.sum()} of 6 families fell; along rejected the greedy tokens {nats(rise, sign=True)} nats, collision "
+        f"probability {before:.3g} to {after:.3g}"
     )
 
 
@@ -135,8 +136,8 @@ def test_new_phrases_transfer_and_known_phrases_that_are_told_apart_do_not(runs,
         rate = ((table["logp_sum_end"] - table["logp_sum_start"]) / table["n_tokens"]).groupby(table["family"]).mean()
         assert rate["chosen"] > 0
         assert own.evidence.startswith(
-            f"other_train {rate['other_train']:+.3f} nats per token, other_test {rate['other_test']:+.3f}, chosen "
-            f"{rate['chosen']:+.3f}: "
+            "nats per token: "
+            + ", ".join(f"{name} {nats(rate[name], sign=True)}" for name in ("other_train", "other_test", "chosen"))
         )
     assert rate["other_train"] < 0  # of the second: what belongs to other prompts is unlearned
 
@@ -152,7 +153,8 @@ def test_wrong_answers_made_of_the_right_tokens_make_grpo_lazy_and_no_penalty_do
         rows = pd.read_parquet(run.path / "displacements")
         delta = (rows["logp_after"] - rows["logp_before"]).groupby([rows["step"], rows["question"]]).mean()
         assert own.evidence.startswith(
-            f"correct answers did not rise in {(delta <= 0).sum()} of 12 mixed questions; Delta {delta.mean():+.3f} "
+            f"correct answers did not rise in {(delta <= 0).sum()} of 12 mixed questions; Delta "
+            f"{nats(delta.mean(), sign=True)} "
         )
 
 
@@ -172,8 +174,8 @@ def test_a_learning_rate_far_too_large_breaks_the_account_and_a_usual_one_does_n
     for own, run in ((found, large_steps), (clear, dpo)):
         explained = pd.read_parquet(run.path / "accounts").set_index("step")["explained"]
         assert own.evidence.startswith(
-            f"{(explained < 0.9).sum()} of {len(explained)} explained steps below 0.9; lowest {explained.min():.7g} at "
-            f"step {explained.idxmin()} (learning rate "
+            f"{(explained < 0.9).sum()} of {len(explained)} explained steps below 90%; lowest "
+            f"{percent(explained.min())} at step {explained.idxmin()} (learning rate "
         )
 
 
@@ -213,4 +215,4 @@ def test_truncated_and_few_probes_are_found(runs):
     own = verdict("probes and log", run)
     assert own.status == "found"
     assert f"{np.count_nonzero(n_cut)} of {len(n_cut)} probes truncated" in own.evidence
-    assert "fewer than 10 probes in 6 of 6 families: 3 in the smallest" in own.evidence
+    assert "fewer than 6 prompts in 6 of 6 families: 3 in the smallest" in own.evidence
