@@ -15,7 +15,7 @@ from llm_dynamics.probes import ProbeSet
 from llm_dynamics.rules import is_squeezing
 from tests.callbacks.trackers import fake_wandb
 from tests.conftest import PREFERENCES
-from tests.training import build_trainer, own_rows, save_tiny_model, weights_of
+from tests.training import build_trainer, make_probes, own_rows, save_tiny_model, weights_of
 
 PROJECT = "llm-dynamics-alerts"
 LARGE_STEPS = {"learning_rate": 2e-2, "lr_scheduler_type": "constant", "per_device_train_batch_size": 6}

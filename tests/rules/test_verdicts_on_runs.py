@@ -70,7 +70,8 @@ def test_dpo_that_takes_chosen_down_is_found_and_the_sft_loss_clears_it(dpo, dpo
         fell = (table["logp_sum_end"] < table["logp_sum_start"])[table["family"] == "chosen"]
         assert own.evidence == (
             f"chosen {nats(delta.mean()['chosen'], sign=True)} nats on average, {fell.sum()} of its 12 probes "
-            f"below their start; margin over rejected {nats(delta.mean()['chosen'] - delta.mean()['rejected'], sign=True)} nats"
+            "below their start; margin over rejected "
+            f"{nats(delta.mean()['chosen'] - delta.mean()['rejected'], sign=True)} nats"
         )
 
 
