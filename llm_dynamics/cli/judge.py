@@ -89,7 +89,7 @@ def _rules_named(given: Sequence[str]) -> set[str]:
 
 
 def _heading(name: str, run: RunLog, verdicts: Sequence[Verdict]) -> Text:
-    faults = [own.status for own in verdicts if own.kind == "fault"]
+    faults: list[str] = [own.status for own in verdicts if own.kind == "fault"]
     counts = [f"{faults.count(status)} {text}" for status, (text, _) in _MARKS["fault"].items()]
     steps = run.observed_steps
     span = f", steps {steps[0]} to {steps[-1]}" if steps else ""
