@@ -330,22 +330,32 @@ class Rollout:
     training: bool
 
 
+ROW = "row_of_generation"
+"""Key under which each micro-batch says which completions of its generation it holds, through TRL's shuffling."""
+
+
 @contextmanager
 def recording_rollouts(
-    trainer: GRPOTrainer | RLOOTrainer, then: Callable[[], None] | None = None
+    trainer: GRPOTrainer | RLOOTrainer, then: Callable[[Rollout, Tensor], None] | None = None
 ) -> Iterator[list[Rollout]]:
     """Record each generation of a GRPO or RLOO trainer, while the context is open.
 
     Args:
         trainer: The trainer.
-        then: Called after each, while the weights are still those that generated.
+        then: Called with each micro-batch that is about to be trained on: the generation that it is from, and which of
+            its local completions it holds, (b,); the weights are still those before the optimizer step.
 
     Yields:
         A list to which each generation is appended when it is scored; empty it to free the tensors.
     """
-    generate, reward = trainer._generate_and_score_completions, trainer._calculate_rewards
+    generate, reward, prepare = (
+        trainer._generate_and_score_completions,
+        trainer._calculate_rewards,
+        trainer._prepare_inputs,
+    )
     rollouts: list[Rollout] = []
     rewards: list[Tensor] = []
+    trained_on: list[Rollout] = []
 
     def calculate(*args: Any, **kwargs: Any) -> Tensor:
         rewards[:] = [reward(*args, **kwargs)]
@@ -355,11 +365,24 @@ def recording_rollouts(
         training = bool(trainer.model.training)  # type: ignore[union-attr]
         batch = generate(inputs)
         rollouts.append(Rollout(list(inputs), dict(batch), rewards.pop(), training))
-        if then is not None:
-            then()
+        if training and then is not None:
+            trained_on[:] = rollouts[-1:]
+            ids = batch["completion_ids"]
+            batch[ROW] = torch.arange(len(ids), device=ids.device)
         return batch
 
-    with _in_place_of(trainer, _generate_and_score_completions=generate_and_score, _calculate_rewards=calculate):
+    def prepare_inputs(inputs: Any) -> Any:
+        batch = prepare(inputs)
+        if then is not None and trainer.model.training:  # type: ignore[union-attr]
+            then(trained_on[0], batch[ROW])
+        return batch
+
+    with _in_place_of(
+        trainer,
+        _generate_and_score_completions=generate_and_score,
+        _calculate_rewards=calculate,
+        _prepare_inputs=prepare_inputs,
+    ):
         yield rollouts
 
 

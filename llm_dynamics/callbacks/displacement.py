@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer, RLOOTrainer
 
@@ -16,7 +17,7 @@ from llm_dynamics import _trl
 from llm_dynamics.callbacks.metrics import finite_only
 from llm_dynamics.callbacks.probe import ProbeCallback, watcher_of
 from llm_dynamics.callbacks.refusals import refuse_unscorable
-from llm_dynamics.callbacks.sharding import broadcast, gather_frames
+from llm_dynamics.callbacks.sharding import gather_frames
 from llm_dynamics.likelihood import (
     SplitModel,
     count_forwards,
@@ -30,20 +31,26 @@ from llm_dynamics.rollouts import Groups, loss_rows
 
 DEFAULT_EVERY = 10
 CORRECT_FROM = 0.5
+_COLUMNS = [
+    *("order", "example", "question", "prompt", "completion"),
+    *("n_tokens", "success_rate", "counted", "logp_before"),
+]
 
 
 class DisplacementCallback(TrainerCallback):
     """Measures by how much a step raises the likelihood of the correct responses in its own batch.
 
-    At measured steps, the correct responses of mixed questions (some correct, some wrong) are scored before and after
-    the optimizer step, in evaluation mode at temperature 1, and for each question
+    At measured steps, the correct responses that the step is taken on, of mixed questions (some correct, some wrong),
+    are scored before and after the optimizer step, in evaluation mode at temperature 1, and for each question
 
-        Delta(x) = mean over its correct responses of [log pi'(y+|x) - log pi(y+|x)],   nats, summed over tokens
+        Delta(x) = mean over these correct responses of [log pi'(y+|x) - log pi(y+|x)],   nats, summed over tokens
 
-    ([NTHR], Deng et al., arXiv 2505.18830, eq. 2). A step measured is the first after a generation. Into the trainer's
-    rows go `lld/delta` (mean of Delta over questions), `lld/delta_per_token`, `lld/lazy_share` (questions with
-    Delta <= eps), `lld/fell_share` (correct responses whose log-prob fell) and `lld/questions`; into the run log, where
-    a `ProbeCallback` keeps one, the table `displacements`. Training is not changed by one bit.
+    ([NTHR], Deng et al., arXiv 2505.18830, eq. 2). Where a generation lasts several steps, each measured step counts
+    its own micro-batches; where a step takes several generations, all of them. Whether a question is mixed is told by
+    all its responses. Into the trainer's rows go `lld/delta` (mean of Delta over questions), `lld/delta_per_token`,
+    `lld/lazy_share` (questions with Delta <= eps), `lld/fell_share` (correct responses whose log-prob fell) and
+    `lld/questions`; into the run log, where a `ProbeCallback` keeps one, the table `displacements`. Training is not
+    changed by one bit.
 
     Args:
         trainer: A `GRPOTrainer` or `RLOOTrainer`, or any built on them.
@@ -89,9 +96,10 @@ class DisplacementCallback(TrainerCallback):
         self.eps = eps
         self._open = ExitStack()
         self._rollouts: list[_trl.Rollout] = []
+        self._taken: list[tuple[_trl.Rollout, Tensor]] = []  # the micro-batches of the step, not yet scored
+        self._numbered: list[_trl.Rollout] = []  # the generations that the step takes
         self._split: SplitModel | None = None
-        self._last: int | None = None
-        self._pending: pd.DataFrame | None = None
+        self._pending: list[dict[str, Any]] | None = None
         self._responses: list[Any] = []
 
     def on_train_begin(
@@ -99,10 +107,8 @@ class DisplacementCallback(TrainerCallback):
     ) -> None:
         """Begin to record generations."""
         self._open.close()
-        self._pending, self._last = None, broadcast(self._last_measured(state))
-        # DeepSpeed takes the step within the backward pass, before `on_pre_optimizer_step`
-        early = self._score_before if self.trainer.is_deepspeed_enabled else None
-        self._rollouts = self._open.enter_context(_trl.recording_rollouts(self.trainer, then=early))
+        self._forget()
+        self._rollouts = self._open.enter_context(_trl.recording_rollouts(self.trainer, then=self._take))
         with evaluating(self._model), self.trainer.accelerator.autocast():
             self._split = split_model(self._model)
 
@@ -115,16 +121,17 @@ class DisplacementCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Score the correct responses of a fresh generation, under the weights that made it."""
+        """Score the correct responses that the step is about to be taken on."""
         self._score_before()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Score them again after the step, write and log."""
-        mine, self._pending = self._pending, None
-        if mine is None:
+        rows, responses = self._pending, self._responses
+        self._forget()
+        if rows is None:
             return
         begun = time.monotonic()
-        mine["logp_after"] = self._sums(self._responses, mine)
+        mine = pd.DataFrame(rows, columns=_COLUMNS).assign(logp_after=self._sums(responses, rows))
         frame = gather_frames(mine.drop(columns="counted"), "order")
         watcher = self._watcher
         if watcher is not None and state.is_world_process_zero:
@@ -138,30 +145,39 @@ class DisplacementCallback(TrainerCallback):
 
     # ---- measuring --------------------------------------------------------------------------------------------------
 
-    def _score_before(self) -> None:
-        fresh = [rollout for rollout in self._rollouts if rollout.training]
+    def _forget(self) -> None:
+        """Begin a step with nothing."""
+        self._pending, self._responses = None, []
+        self._taken.clear()
+        self._numbered.clear()
+
+    def _take(self, rollout: _trl.Rollout, rows: Tensor) -> None:
+        """Note a micro-batch that the step is taken on."""
         self._rollouts.clear()
-        # steps since the last generation that was measured, whatever the trainer's own rhythm
-        step = self.trainer.state.global_step
-        due = self._last is None or step // self.every != self._last // self.every
-        if not fresh or not due:
+        if self.trainer.state.global_step % self.every:
+            return
+        self._taken.append((rollout, rows))
+        if self.trainer.is_deepspeed_enabled:  # which takes the step in the backward pass, before any callback is told
+            self._score_before()
+
+    def _score_before(self) -> None:
+        if not self._taken:
             return
         begun = time.monotonic()
-        self._last = step
-        self._pending, self._responses = self._correct_responses(fresh[-1])
-        self._pending["logp_before"] = self._sums(self._responses, self._pending)
+        rows: list[dict[str, Any]] = []
+        responses: list[Any] = []
+        for rollout, taken in self._taken:
+            self._add_correct(rollout, taken, rows, responses)
+        self._taken.clear()
+        for row, logp in zip(rows, self._sums(responses, rows), strict=True):
+            row["logp_before"] = logp
+        self._pending = (self._pending or []) + rows
+        self._responses += responses
         self._count(begun)
 
     @property
     def _model(self) -> Any:
         return self.trainer.model
-
-    def _last_measured(self, state: TrainerState) -> int | None:
-        """Return the step under which a resumed run measured last: its rows say so, and its run log."""
-        rows = [int(row["step"]) for row in state.log_history if "lld/questions" in row]
-        watcher = self._watcher
-        parts = [] if watcher is None else watcher.recorder.log.steps("displacements")
-        return max((step - 1 for step in [*rows, *parts] if step <= state.global_step), default=None)
 
     @property
     def _watcher(self) -> ProbeCallback | None:
@@ -172,7 +188,10 @@ class DisplacementCallback(TrainerCallback):
         if watcher is not None:
             watcher.clock.add(time.monotonic() - begun)
 
-    def _correct_responses(self, rollout: _trl.Rollout) -> tuple[pd.DataFrame, list[Any]]:
+    def _add_correct(
+        self, rollout: _trl.Rollout, taken: Tensor, rows: list[dict[str, Any]], responses: list[Any]
+    ) -> None:
+        """Add the correct responses of mixed questions among those `taken` of a generation."""
         batch, trainer = rollout.batch, self.trainer
         mask = batch["completion_mask"].bool()
         if "tool_mask" in batch:
@@ -185,9 +204,13 @@ class DisplacementCallback(TrainerCallback):
             lengths=trainer.accelerator.gather(mask.sum(dim=1)).cpu(),
             correct_from=self.correct_from,
         )
+        if not any(rollout is other for other in self._numbered):
+            self._numbered.append(rollout)
+        place = next(i for i, other in enumerate(self._numbered) if other is rollout)
+        offset = sum(len(other.rewards_per_func) for other in self._numbered[:place])
+        here = {name: batch[name][taken] for name in ("prompt_ids", "prompt_mask", "completion_ids")}
         tokenizer: Any = trainer.processing_class
-        rows, responses = [], []
-        for i, row in enumerate(loss_rows(batch, mask)):
+        for i, row in zip(taken.tolist(), loss_rows(here, mask[taken]), strict=True):
             number = groups.first + i
             group = range(number // groups.size * groups.size, (number // groups.size + 1) * groups.size)
             if not (groups.correct[number] and groups.is_mixed(group) and row.spans):
@@ -195,9 +218,9 @@ class DisplacementCallback(TrainerCallback):
             responses.append(row.response)
             rows.append(
                 {
-                    "order": number,
-                    "example": number,
-                    "question": number // groups.size,
+                    "order": offset + number,
+                    "example": offset + number,
+                    "question": (offset + number) // groups.size,
                     "prompt": tokenizer.decode(list(row.response.prompt_ids)),
                     "completion": tokenizer.decode(list(row.response.response_ids)),
                     "n_tokens": int(row.counted.sum()),
@@ -205,10 +228,8 @@ class DisplacementCallback(TrainerCallback):
                     "counted": row.counted,
                 }
             )
-        names = ["order", "example", "question", "prompt", "completion", "n_tokens", "success_rate", "counted"]
-        return pd.DataFrame(rows, columns=names), responses
 
-    def _sums(self, responses: list[Any], frame: pd.DataFrame) -> list[float]:
+    def _sums(self, responses: list[Any], rows: list[dict[str, Any]]) -> list[float]:
         autocast = self.trainer.accelerator.autocast if self.trainer.accelerator.mixed_precision != "no" else None
         assert self._split is not None, "a run begins with on_train_begin"
         forwards = None
@@ -220,7 +241,7 @@ class DisplacementCallback(TrainerCallback):
             return []
         logps = score_logps(self._model, responses, autocast=autocast, split=self._split, forwards=forwards)
         parts = logps.double().split([len(response.response_ids) for response in responses])
-        return [float(part[counted].sum()) for part, counted in zip(parts, frame["counted"], strict=True)]
+        return [float(part[row["counted"]].sum()) for part, row in zip(parts, rows, strict=True)]
 
 
 def displacement_metrics(frame: pd.DataFrame, eps: float = 0.0) -> dict[str, float]:

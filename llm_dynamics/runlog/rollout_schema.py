@@ -4,7 +4,7 @@ They lie beside the observations, each part complete on its own::
 
     rollouts/step_000000025.parquet       one row per completion of the generation that the step was the first to use
     nthr_tokens/step_000000025.parquet    one row per token of these completions that the loss takes
-    displacements/step_000000025.parquet  one row per correct completion of a mixed question: before and after the step
+    displacements/step_000000025.parquet  one row per correct completion that the step was taken on (mixed questions)
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ NTHR_TOKENS = described(
 
 DISPLACEMENTS = described(
     {
-        "step": _STEP,
-        "example": _EXAMPLE,
-        "question": _QUESTION,
+        "step": (pa.int64(), "optimizer steps done after the step measured"),
+        "example": (pa.int32(), "index of the completion in the generation; a second one of the step counts on"),
+        "question": (pa.int32(), "index of the question, likewise; its completions are a group"),
         "prompt": (pa.string(), "prompt as fed to the model, decoded"),
         "completion": (pa.string(), "completion, decoded, special tokens included"),
         "n_tokens": (pa.int32(), "tokens of the completion that the loss takes"),
         "success_rate": (pa.float64(), "p, share of correct completions of the question"),
-        "logp_before": (pa.float64(), "sum of log pi of these tokens at rollout, temperature 1, nats"),
+        "logp_before": (pa.float64(), "sum of log pi of these tokens before the step, temperature 1, nats"),
         "logp_after": (pa.float64(), "the same after the step, nats"),
     }
 )

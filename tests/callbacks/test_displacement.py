@@ -222,10 +222,8 @@ def test_log_probs_before_and_after_a_step_are_those_of_its_weights(kind, model_
     assert_measured(trainer, model_folder, rewards.seen, weights, [1, 2, 3], eps=0.2)
 
 
-@pytest.mark.parametrize(
-    ("every", "iterations", "steps"), [(1, 1, [1, 2, 3, 4, 5]), (2, 1, [1, 3, 5]), (1, 2, [1, 3, 5]), (3, 2, [1, 5])]
-)
-def test_every_counts_optimizer_steps_and_a_generation_is_measured_at_its_first(
+@pytest.mark.parametrize(("every", "iterations", "steps"), [(2, 1, [1, 3, 5]), (1, 2, [1, 2, 3, 4, 5]), (3, 2, [1, 4])])
+def test_every_counts_optimizer_steps_whatever_the_rhythm_of_generations(
     every, iterations, steps, model_folder, tmp_path
 ):
     trainer, rewards, weights = watched_run(
@@ -244,14 +242,72 @@ def test_every_counts_optimizer_steps_and_a_generation_is_measured_at_its_first(
     assert_measured(trainer, model_folder, generations, weights, steps)
 
 
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("grpo", {"steps_per_generation": 4}),  # a generation lasts four steps
+        ("rloo", {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "num_iterations": 2}),
+        ("nthr", {"steps_per_generation": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
+        ("grpo", {"steps_per_generation": 1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
+        ("rloo", {"steps_per_generation": 4, "shuffle_dataset": False, "per_device_train_batch_size": 3}),
+    ],
+    ids=["above", "above-twice", "across", "below", "groups-parted"],
+)
+def test_the_responses_measured_are_those_that_the_very_step_was_taken_on(kind, arguments, model_folder, tmp_path):
+    trainer, rewards, weights = watched_run(
+        kind, model_folder, tmp_path, max_steps=4, **{"per_device_train_batch_size": 2, **arguments}
+    )
+    taken, compute_loss = {}, trainer.compute_loss
+
+    def seeing(model, inputs, *args, **kwargs):
+        ids = [
+            row[keep.bool()].tolist()
+            for row, keep in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)
+        ]
+        taken.setdefault(trainer.state.global_step + 1, []).extend(ids)
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = seeing
+    trainer.train()
+    table, tokenizer = load_run(tmp_path).displacements, trainer.processing_class
+    assert table["step"].nunique() > 1
+    groups = {}  # by a completion: its group
+    for _, completions in rewards.seen:
+        for number, ids in enumerate(completions):
+            groups[tuple(ids)] = completions[number // G * G : number // G * G + G]
+    assert sum(map(len, (g for _, g in rewards.seen))) == len(groups), "completions of this seed are no keys"
+    for step in range(1, 5):
+        expected = []
+        for ids in taken[step]:
+            correct = [Rewards.total(other) >= CORRECT_FROM for other in groups[tuple(ids)]]
+            if Rewards.total(ids) >= CORRECT_FROM and not all(correct):
+                expected.append(tokenizer.decode(ids))
+        assert sorted(table.loc[table["step"] == step, "completion"]) == sorted(expected)
+        assert lld_rows(trainer)[step] == pytest.approx(displacement_metrics(table[table["step"] == step]), abs=1e-9)
+    # the first measured response against the definition
+    row = table.iloc[-1]
+    prompt, ids = next(
+        (prompt, ids)
+        for prompts, completions in rewards.seen
+        for prompt, ids in zip(prompts, completions, strict=True)
+        if tokenizer.decode(ids) == row["completion"]
+    )
+    pair = [(tokenizer(prompt)["input_ids"], ids)]
+    assert row["logp_before"] == pytest.approx(
+        exact_logps(model_folder, weights.before[row["step"]], pair)[0], rel=3e-6
+    )
+    assert row["logp_after"] == pytest.approx(exact_logps(model_folder, weights.after[row["step"]], pair)[0], rel=3e-6)
+
+
 def test_generations_of_evaluations_are_not_measured(model_folder, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "num_generations_eval": 2}
-    # the second step on a generation has none of its own, but an evaluation before it
+    # the second step on a generation has an evaluation before it
     trainer, rewards, weights = watched_run("grpo", model_folder, tmp_path, num_iterations=2, **options)
     trainer.train()
     trained_on = [seen for seen in rewards.seen if not any(EVALUATED in prompt for prompt in seen[0])]
     assert len(rewards.seen) > len(trained_on) == 2
-    assert_measured(trainer, model_folder, trained_on, weights, [1, 3])
+    generations = [trained_on[0], trained_on[0], trained_on[1]]
+    assert_measured(trainer, model_folder, generations, weights, [1, 2, 3])
 
 
 def test_an_evaluation_after_training_leaves_nothing_behind(model_folder, tmp_path):
@@ -421,7 +477,7 @@ def test_a_measured_run_ends_with_the_bytes_and_loss_rows_of_the_run_alone(kind,
     # the comparison means something
     assert [row["step"] for row in alone.state.log_history if "loss" in row] == [2, 4]
     logged = lld_rows(measured)
-    assert list(logged) == [1, 3]
+    assert list(logged) == [1, 2, 3, 4]
     assert max(row["lld/questions"] for row in logged.values()) > 0
     untrained, _ = build(kind, dropout_folder, tmp_path / "untrained", lora=lora)
     assert weights_of(untrained) != weights_of(alone)

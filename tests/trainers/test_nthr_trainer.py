@@ -550,20 +550,25 @@ FALLING = (1, 0, 0, 1, 0, 0, 0, 0)
 """Rewards of a group that is all wrong: advantages of 0 count as worth keeping, and nothing holds them up."""
 
 
-def llds_by_hand(model, inputs):
-    """1/B sum over kept responses of 1/|y| sum of what each token's log-prob fell, where the response fell in all."""
-    total = torch.zeros(())
-    for i in range(len(inputs["completion_ids"])):
-        prompt = inputs["prompt_ids"][i][inputs["prompt_mask"][i].bool()].tolist()
-        completion = inputs["completion_ids"][i][inputs["completion_mask"][i].bool()].tolist()
-        logp = model(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
-        falls = []
-        for t, token in enumerate(completion):
-            if "tool_mask" not in inputs or inputs["tool_mask"][i, t]:
-                falls.append(inputs["old_per_token_logps"][i, t] - logp[len(prompt) + t - 1, token])
-        if inputs["response_advantages"][i] >= 0 and falls and sum(falls) > 0:
-            total = total + sum(fall for fall in falls if fall > 0) / len(falls)
-    return total / len(inputs["completion_ids"])
+def llds_by_hand(model, micro_batches):
+    """Mean over kept responses of 1/|y| sum of what each token's log-prob fell, in the turns that fell in all."""
+    total, n_kept = torch.zeros(()), 0
+    for inputs in micro_batches:
+        for i in range(len(inputs["completion_ids"])):
+            prompt = inputs["prompt_ids"][i][inputs["prompt_mask"][i].bool()].tolist()
+            completion = inputs["completion_ids"][i][inputs["completion_mask"][i].bool()].tolist()
+            logp = model(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+            turns = [[]]
+            for t, token in enumerate(completion):
+                if "tool_mask" not in inputs or inputs["tool_mask"][i, t]:
+                    turns[-1].append(inputs["old_per_token_logps"][i, t] - logp[len(prompt) + t - 1, token])
+                else:
+                    turns.append([])
+            if inputs["response_advantages"][i] >= 0:
+                n_kept += 1
+                fallen = [fall for turn in turns if turn and sum(turn) > 0 for fall in turn if fall > 0]
+                total = total + sum(fallen) / max(1, sum(map(len, turns)))
+    return total / n_kept
 
 
 @pytest.mark.parametrize("method", ["none", "nthr"])
@@ -590,7 +595,7 @@ def test_the_llds_gradient_is_added_from_the_second_update_on(method, accumulati
         whole = [weight.grad.clone() for weight in weights]
         loss = sum(GRPOTrainer._compute_loss(trainer, trainer.model, dict(inputs)) for inputs in taken)
         base = torch.autograd.grad(loss, weights)
-        penalty = sum(llds_by_hand(trainer.model, inputs) for inputs in taken) / len(taken)
+        penalty = llds_by_hand(trainer.model, taken)
         penalties.append(float(penalty.detach()))
         added = (
             torch.autograd.grad(penalty, weights, allow_unused=True) if penalty.requires_grad else [None] * len(base)

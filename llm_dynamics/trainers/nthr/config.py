@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any
 
 from trl import GRPOConfig
 
@@ -46,7 +48,7 @@ class NTHRConfig(GRPOConfig):
         thr_q: q of [THR]: > 0 favours exploitation, < 0 exploration.
         w_reinforce_weight: Advantage of correct responses in "w_reinforce"; wrong ones have -1.
         llds_coef: Factor lambda of the [LLDS] penalty on responses with a non-negative advantage whose log-prob fell
-            since rollout; 0: none. The paper's is 0.2.
+            since rollout, a mean over these responses; 0: none. The paper's is 0.2.
         nthr_log_tokens: Keep a table of tokens, with scores and advantages, in the run log that `watch` opens.
     """
 
@@ -97,6 +99,40 @@ class NTHRConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check()
+
+    @staticmethod
+    def over(args: GRPOConfig) -> NTHRConfig:
+        """Return a GRPO configuration with this one's fields beside its own.
+
+        Args:
+            args: Any `GRPOConfig`. It is left as it is.
+
+        Returns:
+            `args` itself where it has these fields. Else a copy, of a class that is both an `NTHRConfig` and the class
+            of `args`: every field and attribute as it is there, the fields of `NTHRConfig` at their defaults.
+
+        Raises:
+            TypeError: For anything else than a `GRPOConfig`.
+            ValueError: For settings that `NTHRConfig` refuses, such as a loss that knows no token advantages.
+        """
+        if isinstance(args, NTHRConfig):
+            return args
+        if not isinstance(args, GRPOConfig):
+            raise TypeError(f"args must be an NTHRConfig or another GRPOConfig; seen {type(args).__name__}")
+        kind = _beside(type(args))
+        config = kind.__new__(kind)  # without `__post_init__`, which has filled what is derived already
+        ours = {own.name: own.default for own in fields(NTHRConfig) if own.name not in vars(args)}
+        vars(config).update({**ours, **vars(args)})
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        """Refuse values that mean nothing.
+
+        Raises:
+            ValueError: Naming the field, the value seen and what is allowed.
+        """
         self._one_of("nthr_method", METHODS)
         self._one_of("nthr_vocab", ("full", "group"))
         self._one_of("nthr_kernel", ("last_layer", "exact"))
@@ -154,6 +190,11 @@ class NTHRConfig(GRPOConfig):
             )
         return value
 
+    def __reduce__(self) -> Any:
+        """Pickle a class of `over` by the class that it was made for, since it has no name of its own to import."""
+        given = getattr(type(self), "given", None)
+        return (_restored, (given, vars(self))) if given is not None else super().__reduce_ex__(2)
+
     def _number(self, name: str) -> float:
         """Return the value of a field, NaN where it is no number."""
         value = getattr(self, name)
@@ -162,3 +203,17 @@ class NTHRConfig(GRPOConfig):
     def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
             raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}")
+
+
+@cache
+def _beside(given: type[GRPOConfig]) -> type[NTHRConfig]:
+    """Return a class with the fields of `NTHRConfig` and those of a class of GRPO configurations."""
+    if given is GRPOConfig:
+        return NTHRConfig
+    return dataclass(type(f"NTHR{given.__name__}", (NTHRConfig, given), {"given": given}))
+
+
+def _restored(given: type[GRPOConfig], state: dict[str, Any]) -> NTHRConfig:
+    config = _beside(given).__new__(_beside(given))
+    vars(config).update(state)
+    return config

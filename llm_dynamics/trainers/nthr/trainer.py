@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from llm_dynamics import _trl
 from llm_dynamics.callbacks.model_card import append_dynamics
@@ -55,11 +55,12 @@ class NTHRGRPOTrainer(GRPOTrainer):
     Args:
         model: As for `trl.GRPOTrainer`.
         reward_funcs: As for `trl.GRPOTrainer`.
-        args: An `NTHRConfig`; None: its defaults.
+        args: An `NTHRConfig`, or a `trl.GRPOConfig` or a subclass of it: then with the defaults of `NTHRConfig` beside
+            it (`NTHRConfig.over`); None: all defaults.
         **kwargs: All other arguments of `trl.GRPOTrainer`.
 
     Raises:
-        TypeError: Where `args` is another configuration.
+        TypeError: Where `args` is no GRPO configuration.
         NotImplementedError: For vision-language models, and for models whose LM head has no closed form.
 
     Example:
@@ -72,14 +73,11 @@ class NTHRGRPOTrainer(GRPOTrainer):
     _name = "NTHR"
     _paper = NTHR_PAPER
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: NTHRConfig | None = None, **kwargs: Any) -> None:
+    def __init__(self, model: Any, reward_funcs: Any = None, args: GRPOConfig | None = None, **kwargs: Any) -> None:
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             args = NTHRConfig(f"{name.rstrip('/').split('/')[-1]}-NTHR")
-        if not isinstance(args, NTHRConfig):
-            raise TypeError(
-                f"args must be an NTHRConfig; seen {type(args).__name__}. It takes every field of GRPOConfig"
-            )
+        args = NTHRConfig.over(args)
         if reward_funcs is None and not kwargs.get("environment_factory"):
             raise ValueError("reward_funcs is None; pass a reward function, a reward model, or a list of them")
         super().__init__(model, reward_funcs, args, **kwargs)
@@ -135,7 +133,9 @@ class NTHRGRPOTrainer(GRPOTrainer):
             passes.clear()
             self._shape(batch, states)
         if self.config.llds_coef:
-            batch["response_advantages"] = self.shaped.before if self.shaped is not None else batch["advantages"]
+            advantages = self.shaped.before if self.shaped is not None else batch["advantages"]
+            kept = self._gather((advantages >= 0).double()).mean()
+            batch |= {"response_advantages": advantages, "kept_share": kept.expand(len(advantages)).clone()}
         return batch
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -150,7 +150,8 @@ class NTHRGRPOTrainer(GRPOTrainer):
             # The weights are those of the rollout: what differs is dropout or rounding. The penalty would be small, but
             # its gradient is a step function of the difference.
             logps = inputs["old_per_token_logps"]
-        penalty = llds_penalty(logps, inputs["old_per_token_logps"], inputs["response_advantages"], mask)
+        kept = inputs["response_advantages"], mask, inputs["kept_share"].to(logps.dtype)
+        penalty = llds_penalty(logps, inputs["old_per_token_logps"], *kept)
         _trl.append_metric(self, training, "llds/penalty", self._gather(penalty.detach()).mean().item())
         steps = self.current_gradient_accumulation_steps if training else 1
         return loss + self.config.llds_coef * penalty / steps
