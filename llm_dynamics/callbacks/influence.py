@@ -24,6 +24,7 @@ from llm_dynamics.callbacks.refusals import refuse_underivable, refuse_unexplain
 from llm_dynamics.callbacks.roles import role_labelling
 from llm_dynamics.callbacks.sharding import average_weights, on_every_process, sum_over_processes
 from llm_dynamics.callbacks.token_account import TokenAccount, TokenAccountant, with_tokens
+from llm_dynamics.callbacks.training_rows import DatasetRows
 from llm_dynamics.influence import (
     BeforeStep,
     LossTape,
@@ -94,7 +95,7 @@ class InfluenceCallback(TrainerCallback):
         self.watcher = _watcher(trainer, probes, every)
         refuse_underivable(trainer, self.watcher.encoded, self.watcher.split)
         self.settings = settings.of_probes(self.watcher.table)
-        self.roles = role_labelling(trainer)
+        self.roles, self.row_of = role_labelling(trainer), DatasetRows(trainer)
         split_by = settings.split_by
         self.labelling: Labelling = (
             {"sign": by_sign, "role": self.roles}[split_by] if isinstance(split_by, str) else split_by
@@ -306,7 +307,7 @@ class InfluenceCallback(TrainerCallback):
         if n_batches == 0 or n_unknown > 0:
             return None  # a step without a loss, or one that is no known function of its gradient
         accountant = TokenAccountant(
-            step, self.roles, self._prompts(), self.watcher.decode, _trl.sampling_temperature(self.trainer)
+            step, self.roles, self._prompts(), self.watcher.decode, _trl.sampling_temperature(self.trainer), self.row_of
         )
         families = [target for target in targets if target in step.counts]
         probes = [target for target in targets if target not in (settings.families or ())]

@@ -74,6 +74,7 @@ class TokenAccountant:
         prompts: Prompt id of every probe prompt, by its token ids.
         decode: Text of token ids.
         temperature: What the loss divides logits by.
+        row_of: Row of the data set that has these token ids.
     """
 
     def __init__(
@@ -83,13 +84,14 @@ class TokenAccountant:
         prompts: Mapping[tuple[int, ...], str],
         decode: Callable[[list[int]], str],
         temperature: float,
+        row_of: Callable[[list[int]], int | None],
     ) -> None:
         self.step = step
         self.temperature = temperature
         self.replay_error = 0.0
         self._counts = [int(batch.has_loss.sum()) for batch in step.tape.batches]
         self.local: TrainingExamples = describe_examples(
-            step.tape.batches, roles, prompts, decode, n_processes=step.accelerator.num_processes
+            step.tape.batches, roles, prompts, decode, n_processes=step.accelerator.num_processes, row_of=row_of
         )
 
     def account(

@@ -12,7 +12,7 @@ from llm_dynamics.influence import MicroBatch
 from llm_dynamics.influence.plain_logits import IGNORED
 from llm_dynamics.influence.tape import Labelling
 
-_EXAMPLE_COLUMNS = ["example", "role", "prompt_id", "prompt", "response", "n_tokens", "c_sum"]
+_EXAMPLE_COLUMNS = ["example", "row", "role", "prompt_id", "prompt", "response", "n_tokens", "c_sum"]
 _TOKEN_COLUMNS = ["example", "token_id", "logp", "c", "position"]
 
 
@@ -37,6 +37,7 @@ def describe_examples(
     decode: Callable[[list[int]], str],
     *,
     n_processes: int = 1,
+    row_of: Callable[[list[int]], int | None] = lambda ids: None,
 ) -> TrainingExamples:
     """Describe what a step trained on.
 
@@ -46,6 +47,7 @@ def describe_examples(
         prompts: Prompt id of each probe prompt, by its token ids.
         decode: Text of token ids.
         n_processes: Processes that gradients are averaged over: coefficients count 1/n.
+        row_of: Row of the data set that has these ids, where one alone has them.
 
     Returns:
         The tables; examples are numbered from 0 on this process.
@@ -54,7 +56,7 @@ def describe_examples(
     tokens = [pd.DataFrame(columns=_TOKEN_COLUMNS)] if not batches else []
     for batch in batches:
         ids, labels, owner = batch.inputs["input_ids"].cpu(), batch.labels.cpu(), batch.example.cpu()
-        starts = _sequence_starts(batch)
+        starts, stops = _sequence_starts(batch), _sequence_stops(batch)
         names = {name: mask.cpu() for name, mask in roles(batch).items()}
         for example in owner.unique().tolist():
             row, columns = _loss_tokens(owner, labels, example)
@@ -62,10 +64,12 @@ def describe_examples(
                 continue
             first = int(columns[0]) + 1  # a label at column j is the token at place j + 1 of the row
             start = max(place for place in starts[row] if place < first)
+            stop = min([place for place in starts[row] if place > start], default=stops[row])
             prompt, response = ids[row, start:first].tolist(), labels[row, columns].tolist()
             examples.append(
                 {
                     "example": example,
+                    "row": row_of(ids[row, start:stop].tolist()),
                     "role": next((name for name, mask in names.items() if mask[row, columns].any()), "trained"),
                     "prompt_id": _prompt_id(prompts, prompt, ids[row, start:].tolist()),
                     "prompt": decode(prompt),
@@ -89,7 +93,8 @@ def describe_examples(
     all_tokens = pd.concat(tokens, ignore_index=True)
     texts = {token: decode([token]) for token in all_tokens["token_id"].unique().tolist()}
     named = all_tokens.assign(token=all_tokens["token_id"].map(texts))
-    return TrainingExamples(pd.DataFrame(examples, columns=_EXAMPLE_COLUMNS), named)
+    frame = pd.DataFrame(examples, columns=_EXAMPLE_COLUMNS)
+    return TrainingExamples(frame.astype({"row": "Int64"}), named)
 
 
 def _prompt_id(prompts: Mapping[tuple[int, ...], str], prompt: list[int], sequence: list[int]) -> str | None:
@@ -116,6 +121,14 @@ def _sequence_starts(batch: MicroBatch) -> list[list[int]]:
         rows = positions.cpu().expand(len(batch.labels), -1)
         return [(row == 0).nonzero()[:, 0].tolist() or [0] for row in rows]
     return [[0]] * len(batch.labels)
+
+
+def _sequence_stops(batch: MicroBatch) -> list[int]:
+    """Return, for every row, the place after its last token that is not padding, as far as the batch tells."""
+    mask, length = batch.inputs.get("attention_mask"), batch.inputs["input_ids"].shape[1]
+    if mask is None:
+        return [length] * len(batch.labels)
+    return [length - int(row.flip(0).argmax()) for row in mask.cpu().long()]
 
 
 def _loss_tokens(owner: Tensor, labels: Tensor, example: int) -> tuple[int, Tensor]:

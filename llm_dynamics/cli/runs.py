@@ -123,9 +123,9 @@ def _gap(by_run: pd.DataFrame, name: str, digits: int) -> Text:
 
 def _shared_note(compared: pd.DataFrame, paired: list[str]) -> str | None:
     """Say of how many probes the differences are, where not of all."""
-    from llm_dynamics.frames import ARGMAX
+    from llm_dynamics.frames import GREEDY
 
-    probes = compared[compared["family"] != ARGMAX]
+    probes = compared[~compared["family"].isin(GREEDY)]
     counts = probes.groupby("run", sort=False)[["n_paired", "n_probes"]].sum()
     told = [f"{name}: {n} of its {all_} probes" for name, n, all_ in counts.loc[paired].itertuples() if n < all_]
     return f"Probes in the differences: {'; '.join(told)}" if told else None

@@ -10,13 +10,14 @@ from llm_dynamics.frames.changes import delta
 from llm_dynamics.frames.comparison import compare
 from llm_dynamics.frames.curves import family_curves
 from llm_dynamics.frames.moved import margin_path, what_moved
-from llm_dynamics.frames.order import ARGMAX, argmax_of, ordered
+from llm_dynamics.frames.order import ARGMAX, GREEDY, argmax_of, ordered
 from llm_dynamics.frames.squeezing import SQUEEZING, squeezing_curves
 from llm_dynamics.frames.statistics import STATISTICS
 from llm_dynamics.frames.tokens import TOKEN_STATISTICS, token_curves
 
 __all__ = [
     "ARGMAX",
+    "GREEDY",
     "SQUEEZING",
     "STATISTICS",
     "TOKEN_STATISTICS",

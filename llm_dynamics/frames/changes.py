@@ -7,7 +7,7 @@ import pandas as pd
 
 from llm_dynamics.frames.alignment import align
 from llm_dynamics.frames.matching import Sharing
-from llm_dynamics.frames.runs import Runs, named_chains, one_row_per_probe, stacked
+from llm_dynamics.frames.runs import Runs, is_single, named_chains, one_row_per_probe, stacked
 from llm_dynamics.frames.statistics import sum_column
 from llm_dynamics.runlog import RunLog
 
@@ -55,7 +55,7 @@ def delta(
         return _of_frame(_checked(runs, column), baseline, column, "at")
     names = list(named_chains(runs))
     if isinstance(baseline, RunLog):
-        if not isinstance(runs, RunLog):
+        if not is_single(runs):
             raise ValueError(f"baseline is a RunLog; of several runs, give the name of one: {', '.join(names)}")
         pair = align({"run": runs, "baseline": baseline}, statistic=statistic, probes=probes)
         return _of_frame(pair, "baseline", column, "at").rename(columns={"at": "step"}).drop(columns="run")
@@ -66,7 +66,7 @@ def delta(
     for name, own in frame.groupby("run", sort=False):
         one_row_per_probe(str(name), own)
     changed = _of_frame(frame, baseline, column, "step")
-    return changed.drop(columns="run") if isinstance(runs, RunLog) else changed
+    return changed.drop(columns="run") if is_single(runs) else changed
 
 
 def _names_a_run(baseline: str | float | RunLog, names: list[str]) -> bool:

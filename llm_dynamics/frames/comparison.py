@@ -10,7 +10,7 @@ from llm_dynamics.frames.bootstrap import prompt_interval
 from llm_dynamics.frames.matching import common_ids
 from llm_dynamics.frames.moved import MOVED_COLUMNS, moved_probes, moved_row
 from llm_dynamics.frames.order import in_order
-from llm_dynamics.frames.runs import Chain, Runs, named_chains, one_row_per_probe
+from llm_dynamics.frames.runs import Chain, Log, Runs, is_single, named_chains, one_row_per_probe
 
 COMPARE_COLUMNS = (
     "run", *MOVED_COLUMNS, "low", "high", "n_paired", "difference", "difference_low", "difference_high",
@@ -18,7 +18,7 @@ COMPARE_COLUMNS = (
 
 
 def compare(
-    runs: Runs, *, per_token: bool = False, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0
+    runs: Runs, *others: Log, per_token: bool = False, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
     """Set runs side by side: how far each family moved from the first to the last observation, and the difference.
 
@@ -27,30 +27,34 @@ def compare(
     (`frames.bootstrap`): they cover the choice of prompts, not the seed of training.
 
     Args:
-        runs: One run, several, or chains (see `align`): of a chain, the change from the start of its first stage to
-            the end of its last.
+        runs: One run or its folder, several, or chains (see `align`): of a chain, the change from the start of its
+            first stage to the end of its last.
+        *others: Further runs or their folders: `compare("runs/dpo", "runs/ipo")`.
         per_token: Divide each probe's change by its number of tokens, in the intervals and in the differences.
         confidence: Of the intervals.
         n_resamples: Resamples of each interval.
         seed: Seed of the resamples; the same log gives the same numbers.
 
     Returns:
-        One row per family and run, families in canonical order and a last one `argmax` (the greedy tokens along
-        chosen's prefixes), runs in the order given. `run`, and the columns of `what_moved`: `family`, `n_probes`,
+        One row per family and run, families in canonical order and a last one of the greedy tokens, named as in
+        `what_moved`, runs in the order given. `run`, and the columns of `what_moved`: `family`, `n_probes`,
         `start`, `end`, `delta` (means over probes of the summed log-prob, nats), `delta_per_token`, `n_nonfinite`;
         `low`, `high`, the interval of `delta` (with `per_token`, of `delta_per_token`); `n_paired`, the probes of the
         difference; `difference`, `difference_low`, `difference_high`, its mean over them and its interval (nats; nats
         per token with `per_token`). NaN, and `n_paired` 0, in the rows of the first run and where no probe is shared;
-        an interval is NaN where there are fewer than two prompts.
+        an interval is NaN where there are fewer than two prompts; of a run with one observation, so is every change.
 
     Raises:
-        ValueError: Where there is no run, or `confidence` or `n_resamples` is not allowed.
+        TypeError: For what is no run.
+        ValueError: Where there is no run, two have one name, or `confidence` or `n_resamples` is not allowed.
 
     Example:
         >>> compare(load_runs({"dpo": "runs/dpo", "ipo": "runs/ipo"}))  # doctest: +SKIP
     """
     interval = partial(prompt_interval, confidence=confidence, n_resamples=n_resamples, seed=seed)
-    chains = named_chains(runs)
+    if others and not is_single(runs):
+        raise TypeError(f"the first of several runs is {type(runs).__name__}; allowed: a run log or its folder")
+    chains = named_chains([runs, *others] if is_single(runs) else runs)
     first, *_ = chains
     base = _families(first, chains[first])
     rows = []
@@ -74,7 +78,10 @@ def compare(
 def _families(name: str, chain: Chain) -> dict[str, pd.DataFrame]:
     sequences = chain.observations(["logp", "argmax_logp"])
     one_row_per_probe(name, sequences)
-    return dict(moved_probes(sequences))
+    found = dict(moved_probes(sequences))
+    if sequences["step"].nunique() < 2:  # nothing has moved yet, which is not a change of 0
+        return {family: probes.assign(change=float("nan")) for family, probes in found.items()}
+    return found
 
 
 def _change(probes: pd.DataFrame, per_token: bool) -> pd.Series:

@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 
 from llm_dynamics.frames.order import ARGMAX, argmax_of, in_order
-from llm_dynamics.frames.runs import Runs, named_chains, stacked
+from llm_dynamics.frames.runs import Runs, is_single, named_chains, stacked
 from llm_dynamics.frames.statistics import sum_column
-from llm_dynamics.runlog import RunLog
 
 CURVE_COLUMNS = ("step", "family", "mean", "low", "high", "n")
 
@@ -56,7 +55,7 @@ def family_curves(
         name: _curves(chain.observations(wanted), statistic, per_token=per_token, delta=delta, interval=interval)
         for name, chain in named_chains(runs).items()
     }
-    return next(iter(curves.values())) if isinstance(runs, RunLog) else stacked(curves)
+    return next(iter(curves.values())) if is_single(runs) else stacked(curves)
 
 
 def check_interval(interval: tuple[float, float]) -> None:

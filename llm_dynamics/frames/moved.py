@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from llm_dynamics.frames.order import ARGMAX, ordered
+from llm_dynamics.frames.order import ARGMAX, argmax_of, ordered
 from llm_dynamics.frames.statistics import read_sums
 from llm_dynamics.runlog import RunLog
 
@@ -21,19 +21,19 @@ def what_moved(run: RunLog) -> pd.DataFrame:
         run: The run log.
 
     Returns:
-        One row per family in canonical order and a last row `argmax`: the greedy tokens along the prefixes of the
-        chosen probes (of all probes where no family is called chosen). Columns: `family`; `n_probes`, probes of the
-        family; `start`, `end` and `delta`, means over probes of the summed log-prob (nats) at the first observation,
-        at the last, and of the change; `delta_per_token`, mean over probes of change / tokens (nats per token);
-        `n_nonfinite`, probes whose start or end is NaN, infinite or missing. Those are left out of the means. Empty
-        where nothing was observed.
+        One row per family in canonical order and a last row of the greedy tokens, named as in `family_curves`:
+        `argmax (chosen prefix)` along the prefixes of the chosen probes, `argmax` of all probes where no family is
+        called chosen. Columns: `family`; `n_probes`, probes of the family; `start`, `end` and `delta`, means over
+        probes of the summed log-prob (nats) at the first observation, at the last, and of the change;
+        `delta_per_token`, mean over probes of change / tokens (nats per token); `n_nonfinite`, probes whose start or
+        end is NaN, infinite or missing. Those are left out of the means. Empty where nothing was observed.
     """
     rows = [moved_row(family, probes) for family, probes in moved_probes(read_sums(run, ["logp", "argmax_logp"]))]
     return pd.DataFrame(rows, columns=list(MOVED_COLUMNS))
 
 
 def moved_probes(sequences: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the probes of each family, in canonical order and then `argmax`, with their first and last values.
+    """Yield the probes of each family, in canonical order and then the greedy tokens, with their first and last values.
 
     Args:
         sequences: Columns `step`, `probe_id`, `prompt_id`, `family`, `n_tokens`, `logp_sum` and `argmax_logp_sum`.
@@ -60,7 +60,7 @@ def moved_probes(sequences: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     for family in ordered(probes["family"]):
         yield family, label[probes["family"] == family]
     chosen = probes["family"] == "chosen"
-    yield ARGMAX, greedy[chosen] if chosen.any() else greedy
+    yield (argmax_of("chosen"), greedy[chosen]) if chosen.any() else (ARGMAX, greedy)
 
 
 def moved_row(family: str, probes: pd.DataFrame) -> tuple[str, int, float, float, float, float, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 ARGMAX = "argmax"
-"""Name of the last row of `what_moved`, and of the pseudo-family where a run has no chosen or rejected probes."""
+"""Name of the pseudo-family of the greedy tokens of all probes, where a run has no chosen or rejected ones."""
 
 
 def argmax_of(family: str) -> str:

@@ -6,18 +6,22 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import pandas as pd
 
 from llm_dynamics.frames.matching import same_where_shared
 from llm_dynamics.frames.statistics import read_sums
-from llm_dynamics.runlog import RunLog, RunLogs
+from llm_dynamics.runlog import RunLog, RunLogs, load_run
 
-Runs = RunLog | RunLogs | Mapping[str, RunLog | RunLogs | Sequence[RunLog]]
-"""One run; several, `load_runs({"sft": ..., "dpo": ...})`; or a mapping whose values may be chains:
-`{"plain": load_runs({"sft": ..., "dpo": ...}), "extended": [extend, dpo]}`. A chain is one training in stages, each of
-which goes on where the one before ended; its steps are counted through."""
+Log = RunLog | str | Path
+"""A run log, or the folder of one."""
+Runs = Log | RunLogs | Sequence[Log] | Mapping[str, Log | RunLogs | Sequence[Log]]
+"""One run, or its folder; several, `["runs/sft", "runs/dpo"]` or `load_runs({"sft": ..., "dpo": ...})`; or a mapping
+whose values may be chains: `{"plain": load_runs({"sft": ..., "dpo": ...}), "extended": [extend, dpo]}`. A chain is
+one training in stages, each of which goes on where the one before ended; its steps are counted through."""
 
 JOINT_TOLERANCE = 0.05
 """Nats per token by which a stage may start away from the end of the stage before, without a warning."""
@@ -113,21 +117,36 @@ class Chain:
         return " -> ".join(self.stages)
 
 
+def is_single(runs: object) -> TypeGuard[Log]:
+    """Tell whether one run was given, whose frames have no column `run`."""
+    return isinstance(runs, Log)
+
+
 def named_chains(runs: Runs) -> dict[str, Chain]:
-    """Return what was given as chains by name; a single run is called by its folder.
+    """Return what was given as chains by name; runs without a name are called by their folders.
 
     Raises:
         TypeError: For anything that is not `Runs`.
-        ValueError: Where there is no run, or a chain without a stage.
+        ValueError: Where there is no run, a chain without a stage, or two runs of one name.
+        RunLogError: Where a folder has no run log.
     """
-    if isinstance(runs, RunLog):
-        return {runs.name: Chain({runs.name: runs})}
+    if is_single(runs):
+        runs = [runs]
     given = runs.runs if isinstance(runs, RunLogs) else runs
-    if not isinstance(given, Mapping):
-        raise TypeError(f"runs is {type(runs).__name__}; allowed: a RunLog, RunLogs (see load_runs), {{name: run}}")
+    if not isinstance(given, Mapping | Sequence) or isinstance(given, bytes):
+        raise TypeError(
+            f"runs is {type(runs).__name__}; allowed: a run log (load_run) or its folder, a list of them, RunLogs "
+            "(load_runs), {name: run}"
+        )
     if not given:
         raise ValueError("no run was given")
-    return {name: _chain(name, value) for name, value in given.items()}
+    if isinstance(given, Mapping):
+        return {name: _chain(name, value) for name, value in given.items()}
+    logs = [_opened(f"run {number}", value) for number, value in enumerate(given, start=1)]
+    twice = [log.name for number, log in enumerate(logs) if log.name in [other.name for other in logs[:number]]]
+    if twice:
+        raise ValueError(f"two runs are called {twice[0]!r}; name them: {{name: run}}")
+    return {log.name: Chain({log.name: log}) for log in logs}
 
 
 def stacked(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -150,17 +169,28 @@ def one_row_per_probe(name: str, frame: pd.DataFrame, position: str = "step") ->
         raise ValueError(f"run {name!r} has two rows of probe {row['probe_id']!r} at {position} {row[position]}")
 
 
-def _chain(name: str, value: RunLog | RunLogs | Sequence[RunLog]) -> Chain:
-    if isinstance(value, RunLog):
-        return Chain({name: value})
+def _opened(name: str, value: object) -> RunLog:
+    """Return a run log, opened where its folder was given.
+
+    Raises:
+        TypeError: For anything else.
+    """
+    if not isinstance(value, Log):
+        raise TypeError(f"{name!r} is {type(value).__name__}; allowed: a RunLog (see load_run), its folder, or a chain")
+    return value if isinstance(value, RunLog) else load_run(value)
+
+
+def _chain(name: str, value: Log | RunLogs | Sequence[Log]) -> Chain:
+    if is_single(value):
+        return Chain({name: _opened(name, value)})
     if isinstance(value, RunLogs):
         return Chain(value.runs)
-    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(run, RunLog) for run in value):
-        raise TypeError(f"{name!r} is {type(value).__name__}; allowed: a RunLog (see load_run), or a chain of several")
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{name!r} is {type(value).__name__}; allowed: a RunLog (see load_run), its folder, or a chain")
     if not value:
         raise ValueError(f"the chain {name!r} has no run")
     stages: dict[str, RunLog] = {}
-    for run in value:
+    for run in (_opened(name, stage) for stage in value):
         number = sum(stage.name == run.name for stage in stages.values())
         stages[f"{run.name} ({number + 1})" if number else run.name] = run
     return Chain(stages)

@@ -12,9 +12,9 @@ import pyarrow as pa
 from llm_dynamics.frames.curves import check_interval
 from llm_dynamics.frames.grouped import group_stats
 from llm_dynamics.frames.order import in_order
-from llm_dynamics.frames.runs import Chain, Runs, named_chains, stacked
+from llm_dynamics.frames.runs import Chain, Runs, is_single, named_chains, stacked
 from llm_dynamics.frames.statistics import LOG_RATIO
-from llm_dynamics.runlog import RunLog, schema
+from llm_dynamics.runlog import schema
 
 TOKEN_STATISTICS = (
     *(field.name for field in schema.TOKENS if pa.types.is_floating(field.type)), "rank", "riser_count", LOG_RATIO,
@@ -69,7 +69,7 @@ def token_curves(
         name: _curves(chain, statistic, keys, delta=delta, interval=interval)
         for name, chain in named_chains(runs).items()
     }
-    return next(iter(curves.values())) if isinstance(runs, RunLog) else stacked(curves)
+    return next(iter(curves.values())) if is_single(runs) else stacked(curves)
 
 
 def _curves(

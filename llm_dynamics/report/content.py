@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from llm_dynamics.frames import family_curves, squeezing_curves, what_moved
 from llm_dynamics.report import figures
-from llm_dynamics.report.families import ARGMAX, GROUPS, argmax_of, ordered, style_of
+from llm_dynamics.report.families import ARGMAX, GREEDY, GROUPS, ordered, style_of
 from llm_dynamics.report.measured import measured
 from llm_dynamics.runlog import RunLog, RunLogs
 
@@ -81,13 +81,11 @@ def legend(runs: RunLogs) -> list[dict[str, Any]]:
 def _moved_rows(moved: pd.DataFrame) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{str(key): value for key, value in row.items()} for row in moved.to_dict("records")]
     largest = max((abs(row["delta"]) for row in rows if math.isfinite(row["delta"])), default=0.0) or 1.0
-    has_chosen = any(row["family"] == "chosen" for row in rows)
     for row in rows:
         row["style"] = style_of(row["family"])
         row["share"] = abs(row["delta"]) / largest if math.isfinite(row["delta"]) else 0.0
-        row["shown"] = row["family"]
-        if row["family"] == ARGMAX:
-            row["shown"] = argmax_of("chosen") if has_chosen else f"{ARGMAX} (all prefixes)"
+        row["shown"] = f"{ARGMAX} (all prefixes)" if row["family"] == ARGMAX else row["family"]
+        row["last"] = row["family"] in GREEDY
     return rows
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from zlib import crc32
 
 from llm_dynamics.frames.order import ARGMAX as ARGMAX
+from llm_dynamics.frames.order import GREEDY as GREEDY
 from llm_dynamics.frames.order import argmax_of as argmax_of
 from llm_dynamics.frames.order import ordered as ordered
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm_dynamics.report.families import ARGMAX
+from llm_dynamics.report.families import GREEDY
 from llm_dynamics.report.text import nats
 from llm_dynamics.rules import THRESHOLDS
 
@@ -34,14 +34,14 @@ def glance(view: Mapping[str, Any], verdicts: Mapping[str, Any], account: Mappin
         sentence, or None; `found`, the verdicts that found a fault; `hoped`, those on hopes that came true.
     """
     rows = [row for row in view["moved"] if math.isfinite(row["delta"])]
-    families = [row for row in rows if row["family"] != ARGMAX]
+    families = [row for row in rows if row["family"] not in GREEDY]
     return {
         **{key: view[key] for key in ("name", "trainer", "n_probes", "n_steps", "first", "last", "untemplated")},
         "compares": view["n_steps"] > 1 and bool(families),
         "fell": _named([row for row in families if row["delta"] < -LEAST]),
         "rose": _named([row for row in families if row["delta"] > LEAST]),
         "n_families": len(families),
-        "greedy": next((row["delta"] for row in rows if row["family"] == ARGMAX), None),
+        "greedy": next((row["delta"] for row in rows if row["family"] in GREEDY), None),
         "why": None if account is None else _why(account["families"], account["explained_of"]),
         "found": verdicts["found"],
         "hoped": verdicts["hoped"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from llm_dynamics.frames import what_moved
-from llm_dynamics.report.families import ARGMAX
+from llm_dynamics.report.families import GREEDY
 from llm_dynamics.report.markdown import escaped, markdown_table
 from llm_dynamics.report.rollouts import question_deltas
 from llm_dynamics.report.text import nats
@@ -49,7 +49,7 @@ def _families(run: RunLog) -> list[str]:
     moved = what_moved(run)
     table = pd.DataFrame(
         {
-            "family": moved["family"].replace(ARGMAX, "argmax (greedy tokens)"),
+            "family": moved["family"].replace(dict.fromkeys(GREEDY, "argmax (greedy tokens)")),
             "probes": moved["n_probes"],
             f"log-prob at step {steps[0]}": moved["start"],
             f"at step {steps[-1]}": moved["end"],
@@ -64,7 +64,7 @@ def _families(run: RunLog) -> list[str]:
         f"probes, in nats (natural logarithm), summed over the tokens of a response unless said. {where}",
         markdown_table(table, {**signed, **plain}),
     ]
-    left_out = moved[(moved["n_nonfinite"] > 0) & (moved["family"] != ARGMAX)]
+    left_out = moved[(moved["n_nonfinite"] > 0) & ~moved["family"].isin(GREEDY)]
     if len(left_out):
         said = ", ".join(
             f"{n} of {escaped(name)}" for name, n in zip(left_out["family"], left_out["n_nonfinite"], strict=True)

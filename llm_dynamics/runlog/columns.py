@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import pyarrow as pa
 
 
-def described(columns: Mapping[str, tuple[pa.DataType, str]]) -> pa.Schema:
+def described(columns: Mapping[str, tuple[pa.DataType, str]], *, added: Collection[str] = ()) -> pa.Schema:
     """Return a schema whose fields say in their metadata (`doc`) what they hold.
 
     Args:
         columns: Type and description by name, in the order of the table.
+        added: Columns that logs written by an earlier version lack: they are read as nulls.
 
     Returns:
         The schema.
     """
-    return pa.schema([pa.field(name, type_, metadata={"doc": doc}) for name, (type_, doc) in columns.items()])
+    late = {name: {"added": "1"} for name in added}
+    return pa.schema(
+        [pa.field(name, type_, metadata={"doc": doc, **late.get(name, {})}) for name, (type_, doc) in columns.items()]
+    )

@@ -59,13 +59,15 @@ TRAINING_EXAMPLES = described(
     {
         "step": _STEP,
         "example": (pa.int32(), "index in the global batch of the step"),
+        "row": (pa.int64(), "row of trainer.train_dataset, null where its tokens do not tell"),
         "role": (pa.string(), "chosen, rejected, desirable, undesirable, ..., or trained where the loss has one role"),
         "prompt_id": (pa.string(), "id of the probes with this prompt, null where no probe has it"),
-        "prompt": (pa.string(), "prompt text; chat messages as JSON"),
-        "response": (pa.string(), "response text"),
+        "prompt": (pa.string(), "prompt as fed to the model, decoded"),
+        "response": (pa.string(), "tokens with a loss, decoded"),
         "n_tokens": (pa.int32(), "L, tokens with a loss"),
         "c_sum": (pa.float64(), "sum_l c_l, see training_tokens"),
-    }
+    },
+    added=["row"],
 )
 
 TRAINING_TOKENS = described(

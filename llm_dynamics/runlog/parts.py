@@ -58,6 +58,8 @@ def read_part(
 ) -> pa.Table:
     """Read one Parquet file and check that it holds at least the columns of `expected`, with their types.
 
+    Columns that an earlier version did not write are null.
+
     Args:
         file: The file.
         expected: The schema of its table.
@@ -73,8 +75,10 @@ def read_part(
     try:
         with pq.ParquetFile(file, read_dictionary=list(dictionaries)) as opened:
             seen = opened.schema_arrow
-            wrong = [field for field in expected if not _holds(seen, field, dictionaries)]
-            table = None if wrong else opened.read(columns=None if columns is None else list(columns))
+            lacking = [field for field in expected if b"added" in field.metadata and field.name not in seen.names]
+            wrong = [f for f in expected if f not in lacking and not _holds(seen, f, dictionaries)]
+            stored = None if columns is None else [name for name in columns if name in seen.names]
+            table = None if wrong else opened.read(columns=stored)
     except (OSError, pa.ArrowException) as error:
         raise RunLogError(f"cannot read {file}: {error}") from error
     if table is None:
@@ -82,6 +86,8 @@ def read_part(
         raise RunLogError(
             f"{file} is not part of a run log: missing or of another type: {missing}; seen: {', '.join(seen.names)}"
         )
+    for field in lacking:
+        table = table.append_column(field, pa.nulls(len(table), field.type))
     return table if columns is None else table.select(list(columns))
 
 

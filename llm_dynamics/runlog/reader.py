@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 
 from llm_dynamics.runlog import schema
+from llm_dynamics.runlog.blame import blame
 from llm_dynamics.runlog.family_influence import family_influence
 from llm_dynamics.runlog.parts import RunLogError, completed_steps, find_run_log, read_meta, read_part
 
@@ -140,6 +141,29 @@ class RunLog:
             a number of theirs is not finite. See `runlog.family_influence`.
         """
         return family_influence(self.influence)
+
+    def blame(self, target: str = "chosen") -> pd.DataFrame:
+        """Return which rows of the training data moved a family, those that pushed it down most first.
+
+            share of a row = sum over explained steps, and over its tokens l, of the share of l in the target's change
+
+        with shares as in `training_tokens`: through each step's own gradient, so without what its momentum carries on,
+        and without the steps that were not explained. Sums of a sample, then, and not what the run did in all.
+
+        Args:
+            target: A family, or a probe id, that `training_tokens` tells of.
+
+        Returns:
+            One row per text that was trained on, by `share`, ascending: `row`, of `trainer.train_dataset` (Int64, null
+            where the log does not know; the two answers of a pair share it); `role`, `prompt`, `response`; `share`
+            (nats); `c_sum` (sum of dL/d log pi over tokens and steps); `n_steps`, explained steps that trained on it;
+            `n_tokens`; `n_nonfinite`, shares that are NaN or infinite and left out.
+
+        Raises:
+            ValueError: Where no training token is told for the target, naming those that there are.
+        """
+        names = ["step", "target", "example", "share"]
+        return blame(self.columns("training_tokens", names), self.training_examples, target)
 
     def columns(self, table: str, names: Sequence[str]) -> pd.DataFrame:
         """Return some columns of a table; the others are not read (where the table is in memory, it is used).

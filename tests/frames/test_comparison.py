@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_dynamics.frames import compare, delta, family_curves, prompt_interval, token_curves, what_moved
+from llm_dynamics.frames import align, compare, delta, family_curves, prompt_interval, token_curves, what_moved
 from llm_dynamics.frames.comparison import COMPARE_COLUMNS
-from llm_dynamics.runlog import RunLogs, load_run
+from llm_dynamics.runlog import RunLogs, load_run, load_runs
 
 from .logs import assert_rows, probes_frame, random_log, same, value_log, write_log
 
@@ -50,7 +50,10 @@ def by_hand(runs, *, per_token=False, n_resamples=2000):
         rows = run.sequences.to_dict("records")
         ends = [min(row["step"] for row in rows), max(row["step"] for row in rows)]
         families = {row["family"]: (row["family"], "logp_sum") for row in rows}
-        families["argmax"] = ("chosen" if "chosen" in families else None, "argmax_logp_sum")
+        families["argmax (chosen prefix)" if "chosen" in families else "argmax"] = (
+            "chosen" if "chosen" in families else None,
+            "argmax_logp_sum",
+        )
         for shown, (family, column) in families.items():
             for probe in {row["probe_id"]: row for row in rows if family in (None, row["family"])}.values():
                 own = [[r[column] for r in rows if r["step"] == end and r["probe_id"] == probe["probe_id"]]
@@ -116,14 +119,14 @@ def test_runs_that_share_no_probe_are_compared_without_a_difference(tmp_path):
     assert frame["delta"].tolist()[:2] == [-1, -3]
     assert (frame["n_paired"] == 0).all()
     assert frame[["difference", "difference_low", "difference_high"]].isna().all(axis=None)
-    assert frame["family"].tolist() == ["chosen", "chosen", "zebra", "argmax", "argmax"]
+    assert frame["family"].tolist() == ["chosen", "chosen", "zebra", "argmax (chosen prefix)", "argmax (chosen prefix)"]
 
 
 def test_runs_come_in_the_order_given_and_families_in_the_canonical_one(tmp_path):
     runs = RunLogs({name: random_log(tmp_path / name) for name in ("zulu", "alpha")})
     frame = compare(runs)
     assert frame["run"].tolist() == ["zulu", "alpha"] * 4
-    assert frame["family"].unique().tolist() == ["chosen", "rejected", "zebra", "argmax"]
+    assert frame["family"].unique().tolist() == ["chosen", "rejected", "zebra", "argmax (chosen prefix)"]
 
 
 def test_a_chain_is_compared_from_its_start_to_its_end(tmp_path):
@@ -220,3 +223,81 @@ def test_nineteen_of_twenty_intervals_hold_the_true_mean():
 def test_a_confidence_that_is_none_is_refused(options):
     with pytest.raises(ValueError, match="0 < confidence < 1"):
         prompt_interval(pd.Series([1.0]), pd.Series(["a"]), **options)
+
+
+# ---- what is taken for a run --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(tmp_path):
+    return [random_log(tmp_path / name / "dynamics", seed=seed) for seed, name in enumerate(("a", "b"))]
+
+
+@pytest.mark.parametrize("form", ["paths", "strings", "list", "tuple", "mixed", "mapping", "loaded"])
+def test_runs_are_taken_as_logs_or_as_their_folders(form, two, tmp_path):
+    expected = compare({"a": two[0], "b": two[1]})
+    paths = [tmp_path / "a", tmp_path / "b"]
+    given = {
+        "paths": tuple(paths),
+        "strings": tuple(map(str, paths)),
+        "list": (paths,),
+        "tuple": (tuple(two),),
+        "mixed": (str(paths[0]), two[1]),
+        "mapping": ({"a": str(paths[0]), "b": two[1]},),
+        "loaded": (load_runs(paths),),
+    }[form]
+    pd.testing.assert_frame_equal(compare(*given), expected)
+
+
+def test_every_frame_takes_folders(two, tmp_path):
+    paths = [str(tmp_path / "a"), tmp_path / "b"]
+    named = {"a": two[0], "b": two[1]}
+    for frame in (align, delta, family_curves):
+        pd.testing.assert_frame_equal(frame(paths), frame(named))
+    for frame in (delta, family_curves):
+        pd.testing.assert_frame_equal(frame(paths[0]), frame(two[0]))
+    pd.testing.assert_frame_equal(compare({"chain": paths}), compare({"chain": two}))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (("no such folder",), ValueError, "no run log at no such folder"),
+        ((["a", "no such folder"],), ValueError, "no run log at"),
+        ((5,), TypeError, "runs is int; allowed: a run log"),
+        ((None,), TypeError, "runs is NoneType"),
+        (([],), ValueError, "no run was given"),
+        (({"x": 5},), TypeError, "'x' is int; allowed"),
+        (({"x": [None]},), TypeError, "'x' is NoneType; allowed"),
+        (([{"x": 1}],), TypeError, "'run 1' is dict; allowed"),
+        ((["b", "b"],), ValueError, "two runs are called 'b'; name them"),
+        (({"x": []}, "b"), TypeError, "the first of several runs is dict"),
+        ((pd.DataFrame(),), TypeError, "runs is DataFrame"),
+    ],
+)
+def test_what_is_no_run_is_refused_by_name(given, error, message, two, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        compare(*given)
+
+
+@pytest.mark.parametrize("steps", [(), (0,), (7,)])
+def test_a_run_with_fewer_than_two_observations_has_moved_by_nothing_that_is_known(steps, two, tmp_path):
+    young = random_log(tmp_path / "young" / "dynamics", seed=2, steps=steps)
+    for frame in (compare(young), compare(two[0], young).query("run == 'young'")):
+        assert len(frame) == (4 if steps else 0)
+        unknown = ["delta", "delta_per_token", "low", "high", "difference", "difference_low", "difference_high"]
+        assert frame[unknown].isna().all(axis=None)
+        assert np.isfinite(frame["start"].to_numpy(dtype=float)).all()
+
+
+def test_tables_join_on_family_without_loss(two):
+    run = two[0]
+    curves, moved, compared = family_curves(run), what_moved(run), compare(run)
+    assert set(moved["family"]) <= set(curves["family"])
+    assert set(moved["family"]) == set(compared["family"])
+    joined = curves.query("step == 10").merge(moved, on="family", how="inner")
+    assert len(joined) == len(moved)
+    assert np.allclose(joined["mean"], joined["end"])
+    sequences = run.sequences.merge(run.probes, on=["probe_id", "family"], validate="many_to_one")
+    assert len(sequences) == len(run.sequences)

@@ -31,13 +31,13 @@ def test_table_equals_a_hand_computation(run):
 
 
 def test_families_come_in_canonical_order_then_unknown_ones_then_argmax(run):
-    assert what_moved(run)["family"].tolist() == ["chosen", "rejected", "apple", "zebra", "argmax"]
+    assert what_moved(run)["family"].tolist() == ["chosen", "rejected", "apple", "zebra", "argmax (chosen prefix)"]
     assert ordered([*reversed(STYLES), "b", "a"])[-5:-3] == ["a", "b"]
     assert ordered(reversed(FAMILIES)) == list(FAMILIES)
 
 
 def test_argmax_row_is_taken_along_chosens_own_prefixes(run):
-    argmax = what_moved(run).set_index("family").loc["argmax"]
+    argmax = what_moved(run).set_index("family").loc["argmax (chosen prefix)"]
     assert argmax["n_probes"] == 2
     assert argmax["delta"] == pytest.approx((0.8 + 2.0) / 2)  # rejected's prefixes, +5, do not enter
 

@@ -1,11 +1,13 @@
 """Settings of the NTHR trainer: what is refused, in which words, and how they are read from flags and files."""
 
+import copy
 import dataclasses
 import math
+import pickle
 import warnings
 
 import pytest
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 from trl import GRPOConfig, TrlParser
 
 from llm_dynamics import _trl
@@ -49,6 +51,60 @@ def test_the_defaults_are_the_papers():
     assert config.nthr_include_self
     assert (config.nthr_vocab, config.nthr_kernel, config.nthr_correct) == ("full", "last_layer", 0.5)
     assert (config.thr_q, config.w_reinforce_weight, config.llds_coef) == (0.1, 0.1, 0.0)
+
+
+@dataclasses.dataclass
+class TheirConfig(GRPOConfig):
+    """A configuration of a user's own."""
+
+    judge: str = dataclasses.field(default="strict", metadata={"help": "Whom to ask."})
+    beta: float = 0.25
+    nthr_eta: str = "0.5"
+
+    def greeting(self):
+        return f"{self.judge}!"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda: GRPOConfig("unused", learning_rate=3e-7, steps_per_generation=4, **PLAIN),
+        lambda: GRPOConfig("unused", generation_batch_size=16, num_generations=4, **PLAIN),
+        lambda: TheirConfig("unused", judge="kind", num_iterations=2, **PLAIN),
+    ],
+    ids=["steps", "generation-batch", "subclass"],
+)
+@pytest.mark.parametrize("copied", [False, True])
+def test_any_grpo_configuration_is_taken_with_all_that_is_in_it(given, copied):
+    args = given()
+    args.remark = "set later"
+    before = dict(vars(args))
+    config = NTHRConfig.over(args)
+    if copied:
+        config = copy.deepcopy(pickle.loads(pickle.dumps(config)))  # as Trainer saves its arguments
+    assert isinstance(config, NTHRConfig)
+    assert isinstance(config, type(args))
+    assert {name: repr(value) for name, value in vars(config).items() if name in before} == {
+        name: repr(value) for name, value in before.items()
+    }
+    assert vars(args) == before
+    for field in OWN:
+        assert getattr(config, field.name) == before.get(field.name, field.default)
+    assert config.to_dict().keys() == {field.name for field in dataclasses.fields(args)} | {f.name for f in OWN}
+    if isinstance(args, TheirConfig):
+        assert (config.greeting(), config.eta(0.3), config.beta) == ("kind!", 0.5, 0.25)
+
+
+def test_a_configuration_of_ours_is_the_same_object_and_others_are_refused():
+    config = configure()
+    assert NTHRConfig.over(config) is config
+    for wrong in (TrainingArguments("unused", **PLAIN), {"output_dir": "unused"}, "runs/nthr"):
+        with pytest.raises(TypeError, match=f"NTHRConfig or another GRPOConfig; seen {type(wrong).__name__}"):
+            NTHRConfig.over(wrong)
+    strange = GRPOConfig("unused", **PLAIN)
+    strange.loss_type = "new"
+    with pytest.raises(ValueError, match="loss_type is"):
+        NTHRConfig.over(strange)
 
 
 def test_all_else_is_trls():

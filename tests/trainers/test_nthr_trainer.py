@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
 from llm_dynamics import ProbeSet, _trl, load_run, watch
@@ -815,8 +817,27 @@ def test_no_reward_and_foreign_arguments_are_refused(tmp_path):
     refused(ValueError, ["reward_funcs is None", "reward function"], tiny_model(), args=config(tmp_path), **common)
     refused(
         TypeError, ["args", "NTHRConfig", "GRPOConfig"], tiny_model(), rewarding(1),
-        GRPOConfig(str(tmp_path), use_cpu=True, bf16=False), **common,
+        TrainingArguments(str(tmp_path), use_cpu=True, bf16=False), **common,
     )  # fmt: skip
+
+
+def test_a_grpo_configuration_trains_as_an_nthr_configuration_does(tmp_path):
+    settings = {
+        "num_generations": 4, "per_device_train_batch_size": 8, "max_steps": 2, "max_completion_length": 5,
+        "learning_rate": 1e-2, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
+        "dataloader_pin_memory": False, "save_strategy": "no", "logging_steps": 1,
+    }  # fmt: skip
+    ends = []
+    for config_class in (GRPOConfig, NTHRConfig):
+        transformers.set_seed(0)
+        trainer = NTHRGRPOTrainer(
+            tiny_model(), rewarding(1, 0), config_class(str(tmp_path), **settings),
+            train_dataset=Dataset.from_list([{"prompt": "Hello."}, {"prompt": "Why?"}]), processing_class=tokenizer(),
+        )  # fmt: skip
+        run(trainer)
+        ends.append({name: value.tolist() for name, value in trainer.model.state_dict().items()})
+        assert "nthr/eta" in {key for row in trainer.state.log_history for key in row}
+    assert ends[0] == ends[1]
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,8 @@ class NTHRConfig(GRPOConfig):
             return args
         if not isinstance(args, GRPOConfig):
             raise TypeError(f"args must be an NTHRConfig or another GRPOConfig; seen {type(args).__name__}")
-        kind = _beside(type(args))
+        given: Any = type(args)
+        kind = _beside(given)
         config = kind.__new__(kind)  # without `__post_init__`, which has filled what is derived already
         ours = {own.name: own.default for own in fields(NTHRConfig) if own.name not in vars(args)}
         vars(config).update({**ours, **vars(args)})
@@ -190,11 +191,6 @@ class NTHRConfig(GRPOConfig):
             )
         return value
 
-    def __reduce__(self) -> Any:
-        """Pickle a class of `over` by the class that it was made for, since it has no name of its own to import."""
-        given = getattr(type(self), "given", None)
-        return (_restored, (given, vars(self))) if given is not None else super().__reduce_ex__(2)
-
     def _number(self, name: str) -> float:
         """Return the value of a field, NaN where it is no number."""
         value = getattr(self, name)
@@ -206,14 +202,16 @@ class NTHRConfig(GRPOConfig):
 
 
 @cache
-def _beside(given: type[GRPOConfig]) -> type[NTHRConfig]:
+def _beside(given: Any) -> type[NTHRConfig]:
     """Return a class with the fields of `NTHRConfig` and those of a class of GRPO configurations."""
     if given is GRPOConfig:
         return NTHRConfig
-    return dataclass(type(f"NTHR{given.__name__}", (NTHRConfig, given), {"given": given}))
+    # with no name to be imported by, it is pickled (`training_args.bin`) by the class that it was made for
+    members = {"__reduce__": lambda self: (_restored, (given, vars(self)))}
+    return dataclass(type(f"NTHR{given.__name__}", (NTHRConfig, given), members))
 
 
-def _restored(given: type[GRPOConfig], state: dict[str, Any]) -> NTHRConfig:
+def _restored(given: Any, state: dict[str, Any]) -> NTHRConfig:
     config = _beside(given).__new__(_beside(given))
     vars(config).update(state)
     return config
