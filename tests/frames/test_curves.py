@@ -163,13 +163,19 @@ def test_a_stage_without_observations_is_refused(tmp_path):
         family_curves({"all": runs})
 
 
-@pytest.mark.parametrize("runs", ["runs/dpo", [], None, {"a": "runs/dpo"}, {"a": ["runs/dpo"]}])
-def test_what_is_no_run_is_refused(runs):
-    with pytest.raises(TypeError, match=r"allowed: a RunLog"):
+@pytest.mark.parametrize("runs", ["runs/dpo", {"a": "runs/dpo"}, {"a": ["runs/dpo"]}, ["runs/dpo"]])
+def test_a_folder_without_a_run_is_refused(runs):
+    with pytest.raises(ValueError, match="no run log at runs/dpo"):
         family_curves(runs)
 
 
-@pytest.mark.parametrize("runs", [{}, {"a": []}])
+@pytest.mark.parametrize("runs", [None, 5, {"a": None}, {"a": [None]}, [None], b"runs/dpo"])
+def test_what_is_no_run_is_refused(runs):
+    with pytest.raises(TypeError, match=r"allowed: a (RunLog|run log)"):
+        family_curves(runs)
+
+
+@pytest.mark.parametrize("runs", [{}, [], {"a": []}])
 def test_no_run_is_refused(runs):
     with pytest.raises(ValueError, match="no run"):
         family_curves(runs)

@@ -307,3 +307,22 @@ def test_accounts_of_several_runs_are_stacked(log, tmp_path):
     means = runs.family_influence()
     assert means.columns[0] == "run"
     assert means["run"].unique().tolist() == ["dpo", "sft"]
+
+
+@pytest.mark.parametrize("columns", [None, ["step", "row"], ["row"], ["example", "role"]])
+def test_a_log_written_before_rows_were_kept_is_read_with_nulls_in_their_place(columns, tmp_path):
+    writer = new_log(tmp_path)
+    observe(writer, 1)
+    explain(writer, 1)
+    part = tmp_path / "training_examples" / schema.part_name(1)
+    old = pq.read_table(part)
+    pq.write_table(old.drop_columns(["row"]), part)
+    run = load_run(tmp_path)
+    frame = run.training_examples if columns is None else run.columns("training_examples", columns)
+    assert len(frame) == 2
+    if "row" in frame:
+        assert frame["row"].isna().all()
+    assert run.blame("chosen")["share"].tolist() == [-1.0, -1.0]
+    pq.write_table(old.drop_columns(["role"]), part)  # a column that has always been there
+    with pytest.raises(RunLogError, match="missing or of another type: role"):
+        _ = load_run(tmp_path).training_examples
