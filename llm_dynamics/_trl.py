@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.utils import get_json_schema
 from trl import GRPOTrainer, RLOOTrainer
 from trl.models.utils import disable_gradient_checkpointing as disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
@@ -95,15 +96,48 @@ def log_row(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     trainer.control.should_log = should_log
 
 
-def chat_template(trainer: Trainer) -> str | None:
-    """Return the chat template that an `SFTTrainer` swaps in for `assistant_only_loss`, or None for the tokenizer's."""
-    return getattr(trainer, "chat_template", None)
+def rendering(trainer: Trainer) -> dict[str, Any]:
+    """Return how a trainer turns prompts into token ids: keyword arguments of `encode_probes`.
+
+    Args:
+        trainer: Any trainer.
+
+    Returns:
+        `chat_template`: the template that SFT swaps in for `assistant_only_loss`, GRPO for tools; None: the
+        tokenizer's. `chat_template_kwargs`: what a trainer that generates passes for every prompt, the schemas of its
+        `tools` among it; None: each row gives its own (SFT, DPO, KTO). `keep_prompt`: whether it generates.
+
+    Raises:
+        NotImplementedError: Where environments with different tools give prompts of different schemas.
+    """
+    arguments = None
+    if hasattr(trainer.args, "chat_template_kwargs"):
+        given = trainer.args.chat_template_kwargs or {}
+        arguments = dict(json.loads(given) if isinstance(given, str) else given)
+        shared = getattr(trainer, "tools", None) or arguments.get("tools")
+        by_environment = getattr(trainer, "_env_tools", {None: shared})
+        schemas = [
+            [tool if isinstance(tool, dict) else get_json_schema(tool) for tool in tools or ()]
+            for tools in by_environment.values()
+        ]
+        if any(other != schemas[0] for other in schemas):
+            raise NotImplementedError(
+                f"the environments {list(by_environment)} have different tools, and which one a row takes is not known "
+                "of a probe: its prompt would lack the schemas that are trained on. Watch a run of one environment."
+            )
+        arguments |= {"tools": schemas[0]} if schemas[0] else {}
+    return {
+        "chat_template": getattr(trainer, "chat_template", None),
+        "chat_template_kwargs": arguments,
+        "keep_prompt": isinstance(trainer, GRPOTrainer | RLOOTrainer),
+    }
 
 
-def chat_template_kwargs(trainer: Trainer) -> dict[str, Any]:
-    """Return what a GRPO or RLOO trainer passes to the chat template, such as `enable_thinking`; empty elsewhere."""
-    given = getattr(trainer.args, "chat_template_kwargs", None) or {}
-    return dict(json.loads(given) if isinstance(given, str) else given)
+def prompts_are_made_elsewhere(trainer: Trainer) -> str | None:
+    """Return what writes a part of a GRPO trainer's prompts that its rows do not hold; None: nothing does."""
+    if getattr(trainer, "environment_factories", None) is not None:
+        return "an environment, whose `reset` may add to each prompt"
+    return "a rollout_func, which renders prompts itself" if getattr(trainer, "rollout_func", None) else None
 
 
 def reference_model(trainer: Trainer) -> Any:

@@ -7,8 +7,9 @@ import logging
 from datasets import Dataset
 from transformers import Trainer
 
+from llm_dynamics import _trl
 from llm_dynamics.probes import ProbeSet
-from llm_dynamics.probes.forms import forms, is_messages, plain
+from llm_dynamics.probes.forms import forms, is_messages, other_form, plain
 
 logger = logging.getLogger(__name__)
 
@@ -29,21 +30,18 @@ def warn_of_finished_training(trainer: Trainer) -> None:
 
 
 def warn_of_other_form(trainer: Trainer, probes: ProbeSet) -> None:
-    """Warn where training rows are chat messages and all probes plain text, or the other way round.
-
-    The tokens around a response then differ from those that training sees, and the probes say little about it.
-    """
-    form = forms(probes, trainer.processing_class, form_of_rows(trainer))
-    if None in form.values() or form["prompts"] in ("both", form["rows"]) or not trainer.is_world_process_zero():
+    """Warn where the probes' prompts are not, or may not be, what is trained on."""
+    if not trainer.is_world_process_zero():
         return
-    logger.warning(
-        "the trainer's rows are %s, and the prompts of the probes are %s: the chat template is put around the %s "
-        "alone, so the probes are scored in another form than the one trained on. Build them from rows like the "
-        "trainer's",
-        form["rows"],
-        form["prompts"],
-        "rows" if form["rows"] == "chat messages" else "probes",
-    )
+    maker = _trl.prompts_are_made_elsewhere(trainer)
+    if maker is not None:
+        logger.warning(
+            "this run's prompts are made by %s: the probes' are rendered from their own messages alone. Give probes "
+            "the prompts that the policy reads",
+            maker,
+        )
+    elif doubt := other_form(forms(probes, trainer.processing_class, form_of_rows(trainer))):
+        logger.warning("%s", doubt)
 
 
 def form_of_rows(trainer: Trainer) -> str | None:

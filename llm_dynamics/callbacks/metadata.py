@@ -60,7 +60,7 @@ def describe_run(callback: ProbeCallback, state: TrainerState) -> dict[str, Any]
         "reference": callback.reference,
         "truncation": {"max_length": callback.truncation.max_length, "mode": callback.truncation.mode},
         "forms": forms(callback.probes, tokenizer, form_of_rows(trainer)),
-        "chat_template_kwargs": _plain(callback.chat_template_kwargs),
+        "rendering": _plain(callback.rendering),
         "n_truncated": callback.encoded.n_truncated,
         "boundary_merges": callback.encoded.boundary_merges,
         "n_probes": len(callback.encoded),

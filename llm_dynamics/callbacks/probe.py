@@ -120,14 +120,8 @@ class ProbeCallback(TrainerCallback):
         )
         tokenizer: Any = trainer.processing_class  # a processor, as of a vision model, is refused by encode_probes
         self._tokenizer = tokenizer
-        self.chat_template_kwargs = _trl.chat_template_kwargs(trainer)
-        self.encoded = encode_probes(
-            probes,
-            self._tokenizer,
-            truncation=self.truncation,
-            chat_template=_trl.chat_template(trainer),
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
+        self.rendering = _trl.rendering(trainer)
+        self.encoded = encode_probes(probes, self._tokenizer, truncation=self.truncation, **self.rendering)
         self.probes = probes
         self.table = probe_table(probes, self.encoded)
         self.share = share_of(self.encoded, trainer.args.process_index, trainer.args.world_size)

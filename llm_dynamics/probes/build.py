@@ -228,7 +228,9 @@ def collect_probes(
                 keep = join == "as_is" or family in TRAINED_FAMILIES or ids is not None
                 probe_id = f"{row.prompt_id}/{family}" + (f"-{index + 1}" if index else "")
                 response = text if keep else lead + text.strip()
-                probes.append(Probe(probe_id, row.prompt_id, row.prompt, response, family, row.source_row, ids))
+                probes.append(
+                    Probe(probe_id, row.prompt_id, row.prompt, response, family, row.source_row, ids, row.template)
+                )
     counts = Counter((item.family, item.reason) for item in dropped if item.reason not in (NOT_GIVEN, REPEATED))
     listed = "; ".join(f"{family}: {n} x {reason}" for (family, reason), n in counts.items())
     if not probes:

@@ -119,7 +119,7 @@ def _random_tokens(source: Source) -> dict[str, Any]:
     vocabulary = RandomTokens(source.tokenizer)
 
     def draw(row: Row, chosen: str) -> str | Missing:
-        ids = vocabulary.draw(row.prompt, chosen, seed=source.seed)
+        ids = vocabulary.draw(row.prompt, chosen, seed=source.seed, template=row.template)
         if ids is None:
             return Missing(NO_CONTENT)
         row.ids["random_tokens"] = ids

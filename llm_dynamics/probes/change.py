@@ -124,7 +124,8 @@ def _rows(probe_set: ProbeSet) -> list[Row]:
     """Return the set as rows, one per prompt."""
     by_prompt: dict[str, Row] = {}
     for probe in probe_set.probes:
-        row = by_prompt.setdefault(probe.prompt_id, Row(probe.prompt_id, probe.source_row, probe.prompt))
+        row = Row(probe.prompt_id, probe.source_row, probe.prompt, template=probe.template)
+        row = by_prompt.setdefault(probe.prompt_id, row)
         row.texts.setdefault(probe.family, []).append(probe.response)
     return list(by_prompt.values())
 

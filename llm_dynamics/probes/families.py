@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -182,20 +182,25 @@ class RandomTokens:
         if not self.vocabulary:
             raise ValueError("The tokenizer has no token that is not special, so random_tokens cannot be drawn.")
 
-    def draw(self, prompt: Prompt, response: str, *, seed: int) -> tuple[int, ...] | None:
+    def draw(
+        self, prompt: Prompt, response: str, *, seed: int, template: Mapping[str, Any] | None = None
+    ) -> tuple[int, ...] | None:
         """Return ids as many as those of `response` after `prompt`, with the same template and EOS ids around them.
 
         Args:
             prompt: Prompt of the probe.
             response: The response whose length, opening and ending are copied.
             seed: Seed of the probe set.
+            template: What the row gives to the chat template.
 
         Returns:
             The complete response ids; None if the response has no token of its own.
         """
-        _, ids = encode_response(prompt, response, self.tokenizer)
+        _, ids = encode_response(prompt, response, self.tokenizer, chat_template_kwargs=template)
         # What the ids share with two unlike stand-ins, at either end, is not the response's own.
-        stand_ins = [encode_response(prompt, text, self.tokenizer)[1] for text in ("x", "7")]
+        stand_ins = [
+            encode_response(prompt, text, self.tokenizer, chat_template_kwargs=template)[1] for text in ("x", "7")
+        ]
         opening = min(common_prefix_length(ids, other) for other in stand_ins)
         ending = min(common_prefix_length(ids[::-1], other[::-1]) for other in stand_ins)
         n_content = len(ids) - opening - ending

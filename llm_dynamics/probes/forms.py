@@ -279,3 +279,24 @@ def forms(probes: Iterable[Any], processing_class: Any, rows: str | None = None)
     kinds = {"plain text" if isinstance(probe.prompt, str) else "chat messages" for probe in probes}
     template = getattr(processing_class, "chat_template", None) is not None
     return {"rows": rows, "prompts": "both" if len(kinds) > 1 else kinds.pop(), "chat_template": template}
+
+
+def other_form(form: Mapping[str, str | bool | None]) -> str | None:
+    """Say that training rows are chat messages and all probes plain text, or the other way round; None where not.
+
+    The tokens around a response then differ from those that training sees, and the probes say little about it.
+
+    Args:
+        form: What `forms` returned.
+
+    Returns:
+        A sentence, or None.
+    """
+    if None in form.values() or form["prompts"] in ("both", form["rows"]):
+        return None
+    templated = "rows" if form["rows"] == "chat messages" else "probes"
+    return (
+        f"the trainer's rows are {form['rows']}, and the prompts of the probes are {form['prompts']}: the chat "
+        f"template is put around the {templated} alone, so the probes are "
+        "scored in another form than the one trained on. Build them from rows like the trainer's"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ class Probe:
         source_row: Row of the source data, or None if the probe came from elsewhere.
         response_ids: Only for families defined on token ids (`random_tokens`): the complete response as fed to the
             model, ending included. `response` is then their decoded text, for display.
+        template: What its row gives to the chat template: `tools`, and the entries of its `chat_template_kwargs`.
     """
 
     probe_id: str
@@ -33,6 +34,7 @@ class Probe:
     family: str
     source_row: int | None = None
     response_ids: tuple[int, ...] | None = None
+    template: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +52,26 @@ class DroppedProbe:
     reason: str
 
 
-def prompt_identity(prompt: Prompt) -> str:
+def check_probes(probes: Iterable[Probe], name: str = "probes") -> Iterator[Probe]:
+    """Yield probes.
+
+    Raises:
+        TypeError: If they are something else, naming the argument.
+    """
+    if isinstance(probes, str | bytes | Mapping) or not isinstance(probes, Iterable):
+        raise TypeError(f"{name} is a {type(probes).__name__}; give a ProbeSet, or a list of Probe")
+    for index, probe in enumerate(probes):
+        if not isinstance(probe, Probe):
+            raise TypeError(f"{name}[{index}] is a {type(probe).__name__}; give a ProbeSet, or a list of Probe")
+        yield probe
+
+
+def prompt_identity(prompt: Prompt, template: Mapping[str, Any] | None = None) -> str:
     """Return a text that is equal for equal prompts: what draws are seeded with and prompts are compared by."""
     if isinstance(prompt, str):
         return prompt
-    return json.dumps([dict(message) for message in prompt], sort_keys=True, ensure_ascii=True)
+    rendered = [dict(message) for message in prompt] + ([{"template": dict(template)}] if template else [])
+    return json.dumps(rendered, sort_keys=True, ensure_ascii=True)
 
 
 def prompt_as_text(prompt: Prompt) -> str:

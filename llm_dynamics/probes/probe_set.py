@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from llm_dynamics.probes import change, storage, tables
 from llm_dynamics.probes.build import BuildOptions, build_probes
 from llm_dynamics.probes.families import check_families
-from llm_dynamics.probes.probe import DroppedProbe, Probe, prompt_identity
+from llm_dynamics.probes.probe import DroppedProbe, Probe, check_probes, prompt_identity
 from llm_dynamics.probes.rephrase import Rephraser
 from llm_dynamics.probes.rows import Columns, DropIf, Rows, as_records, read_jsonl
 
@@ -31,6 +31,7 @@ class ProbeSet(Sequence[Probe]):
         metadata: JSON-able: seed, join rule, source, and how each family was made.
 
     Raises:
+        TypeError: If `probes` holds something else.
         ValueError: If there are no probes, ids repeat, a family is unknown, or one prompt_id has two prompts.
 
     Example:
@@ -45,7 +46,7 @@ class ProbeSet(Sequence[Probe]):
         dropped: Sequence[DroppedProbe] = (),
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        self._probes = tuple(probes)
+        self._probes = tuple(check_probes(probes))
         self._dropped = tuple(dropped)
         self._metadata = json.loads(json.dumps(dict(metadata or {})))
         if not self._probes:
@@ -56,7 +57,8 @@ class ProbeSet(Sequence[Probe]):
         self._families = check_families(tuple({probe.family: None for probe in self._probes}))
         prompts: dict[str, str] = {}
         for probe in self._probes:
-            if prompts.setdefault(probe.prompt_id, prompt_identity(probe.prompt)) != prompt_identity(probe.prompt):
+            identity = prompt_identity(probe.prompt, probe.template)
+            if prompts.setdefault(probe.prompt_id, identity) != identity:
                 raise ValueError(f"prompt_id {probe.prompt_id!r} stands for two different prompts; give each its own.")
         self._prompt_ids = tuple(prompts)
 

@@ -49,6 +49,7 @@ class Row:
         prompt: Plain text, or chat messages.
         texts: By family, the responses in the order given, or why there is none.
         ids: By family, the complete response ids that `texts` decode, for families defined on ids.
+        template: What the row gives to the chat template (`row_template`).
     """
 
     prompt_id: str
@@ -56,6 +57,7 @@ class Row:
     prompt: Prompt
     texts: dict[str, list[str | Missing]] = field(default_factory=dict)
     ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    template: Mapping[str, Any] | None = None
 
     def first(self, family: str) -> str | None:
         """Return the first text of `family` that is not blank, or None."""
@@ -177,12 +179,11 @@ def read_rows(
         try:
             explicit = form.explicit(record)
             asked = _prompt(explicit["prompt"])
-            if not isinstance(asked, str):
-                _refuse_row_templates(record)
+            template = None if isinstance(asked, str) else row_template(record)
         except OddRow as error:
             dropped += [DroppedProbe(index, family, str(error)) for family in families]
             continue
-        row = Row(prompt_id(asked), index, asked)
+        row = Row(prompt_id(asked, template), index, asked, template=template)
         for family in families:
             several = family in named and family not in single
             cells = [record.get(name) for name in named[family]] if several else [explicit.get(family)]
@@ -207,9 +208,10 @@ def read_rows(
     return ReadRows(found, dropped, form)
 
 
-def prompt_id(prompt: Prompt) -> str:
-    """Return the id of a prompt: the same for the same prompt, whatever other rows there are."""
-    return f"p{stable_hash('prompt', prompt_identity(prompt)) & 0xFFFFFFFFFFFF:012x}"
+def prompt_id(prompt: Prompt, template: Mapping[str, Any] | None = None) -> str:
+    """Return the id of a prompt: the same for the same prompt and template arguments, whatever other rows there are."""
+    given = [json.dumps(template, sort_keys=True)] if template else []
+    return f"p{stable_hash('prompt', prompt_identity(prompt), *given) & 0xFFFFFFFFFFFF:012x}"
 
 
 def one_row_per_prompt(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[DroppedProbe]]:
@@ -226,7 +228,7 @@ def one_row_per_prompt(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(_without_margins(row.prompt), []).append(row)
+        groups.setdefault(_without_margins(row.prompt) + json.dumps(row.template, sort_keys=True), []).append(row)
     chosen: list[Row] = []
     dropped: list[DroppedProbe] = []
     for group in groups.values():
@@ -303,18 +305,30 @@ def _prompt(value: Any) -> Prompt:
     return value if isinstance(value, str) else tuple(value)
 
 
-def _refuse_row_templates(record: Mapping[str, Any]) -> None:
-    """Refuse what would make the trainer tokenise single rows differently.
+def row_template(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what a row gives to the chat template, as SFT, DPO and KTO trainers read it; None for nothing.
 
     Raises:
-        OddRow: If the row has tools or template arguments of its own.
+        OddRow: If its `tools` or `chat_template_kwargs` are not what the trainers take.
     """
-    for column in ("tools", "chat_template_kwargs"):
-        if record.get(column):
-            raise OddRow(
-                f"the row has {column!r}, which changes how the trainer tokenises it alone; probes take one template "
-                "for all. Remove the column, or pass `chat_template_kwargs` when encoding"
-            )
+    tools, arguments = plain(record.get("tools")), plain(record.get("chat_template_kwargs"))
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise OddRow("column 'tools': not valid JSON") from error
+    template: dict[str, Any] = {}
+    for column, value, kind in (("tools", tools, list), ("chat_template_kwargs", arguments, Mapping)):
+        if value is None:
+            continue
+        if not isinstance(value, kind):
+            wanted = "a list of tool schemas, or its JSON" if kind is list else "a dictionary"
+            raise OddRow(f"column {column!r}: a {type(value).__name__}; give {wanted}")
+        template |= {column: value} if kind is list else value
+    try:
+        return json.loads(json.dumps(template)) or None
+    except TypeError as error:
+        raise OddRow("'tools' and 'chat_template_kwargs' must be JSON values") from error
 
 
 def _keys(records: Sequence[Mapping[str, Any]]) -> list[str]:

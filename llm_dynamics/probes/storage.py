@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from llm_dynamics.probes.probe import DroppedProbe, Probe, Prompt
 
 FORMAT_KEY = b"llm_dynamics.probe_set"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 added `template`; a set without one is written as 1, which earlier versions of this package read."""
 SCHEMA = pa.schema(
     [
         ("probe_id", pa.string()),
@@ -26,14 +27,17 @@ SCHEMA = pa.schema(
         ("family", pa.string()),
         ("source_row", pa.int64()),
         ("response_ids", pa.list_(pa.int64())),
+        ("template", pa.string()),  # JSON
     ]
 )
 
 
 def probe_record(probe: Probe) -> dict[str, Any]:
-    """Return one probe as a row of the file."""
+    """Return one probe as a row of the file; `template` only where it has one, so that fingerprints stay."""
     chat = not isinstance(probe.prompt, str)
+    template = {"template": json.dumps(dict(probe.template), ensure_ascii=False)} if probe.template else {}
     return {
+        **template,
         "probe_id": probe.probe_id,
         "prompt_id": probe.prompt_id,
         "prompt": json.dumps([dict(m) for m in probe.prompt], ensure_ascii=False) if chat else probe.prompt,  # type: ignore[arg-type]
@@ -53,7 +57,8 @@ def write_probes(
     Raises:
         ValueError: If there is a folder of that name.
     """
-    header = {"version": FORMAT_VERSION, "metadata": dict(metadata), "dropped": [asdict(item) for item in dropped]}
+    version = FORMAT_VERSION if any(probe.template for probe in probes) else 1
+    header = {"version": version, "metadata": dict(metadata), "dropped": [asdict(item) for item in dropped]}
     schema = SCHEMA.with_metadata({FORMAT_KEY: json.dumps(header).encode()})
     table = pa.Table.from_pylist([probe_record(probe) for probe in probes], schema=schema)
     if path.is_dir():
@@ -112,4 +117,5 @@ def _probe(row: Mapping[str, Any]) -> Probe:
         row["family"],
         row["source_row"],
         None if ids is None else tuple(ids),
+        json.loads(row["template"]) if row.get("template") else None,
     )

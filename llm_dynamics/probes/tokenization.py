@@ -3,7 +3,8 @@
 Plain text: the EOS token is appended unless the response already ends with it, and `prompt + response` is tokenised in
 one go. Chat: the prompt is rendered with the generation prompt, prompt and response without it. Either way the response
 begins where the ids of the prompt alone and of the whole part ways (their common prefix). The rules are those of
-`SFTTrainer` and `DPOTrainer` (TRL 1.16) and are pinned by `tests/contract/test_tokenization.py`.
+`SFTTrainer`, `DPOTrainer` and `KTOTrainer` (TRL 1.16) and are pinned by `tests/contract/test_tokenization.py`. Trainers
+that generate (GRPO, RLOO) keep the prompt whole, whatever a response does to it: `keep_prompt`.
 
 One difference is left on purpose: `DPOTrainer` starts *both* responses of a pair at the earlier of their two
 boundaries, whereas a probe knows only its own. The ids are the same; the boundary can differ by the merged tokens, and
@@ -20,7 +21,7 @@ from typing import Any, Literal, overload
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from llm_dynamics.probes.probe import Probe, Prompt, prompt_identity
+from llm_dynamics.probes.probe import Probe, Prompt, check_probes, prompt_identity
 
 NO_RESPONSE_LEFT = "truncation leaves no token of the response"
 NO_CONTEXT = "no token before the response, so its first token cannot be scored"
@@ -132,6 +133,7 @@ def encode_probes(
     truncation: TruncationRule = NO_TRUNCATION,
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    keep_prompt: bool = False,
 ) -> EncodedProbes:
     """Tokenise probes exactly as TRL tokenises a training row with the same prompt and response.
 
@@ -142,21 +144,26 @@ def encode_probes(
         processing_class: The trainer's tokenizer (`trainer.processing_class`).
         truncation: Which tokens of sequences that are too long are kept.
         chat_template: Template for chat prompts in place of the tokenizer's own.
-        chat_template_kwargs: Further arguments of the template (e.g. `{"enable_thinking": False}`), for all probes.
+        chat_template_kwargs: Further arguments of the template (e.g. `{"enable_thinking": False}`; `tools` among
+            them), for all probes and in place of their own, as GRPO and RLOO take them. None: each probe's own
+            (`Probe.template`), as SFT, DPO and KTO take them from each row.
+        keep_prompt: Whether the response follows the whole prompt, as one that is generated does, even where prompt
+            and response, tokenised in one go, part ways earlier.
 
     Returns:
         The encoded probes in the order given, less the dropped ones.
 
     Raises:
+        TypeError: If `probes` are no probes, or `processing_class` no tokenizer.
         ValueError: If there are no probes, all of them are dropped, the tokenizer lacks what they need (an EOS token
             for text, a chat template for chat), or `response_ids` come from another tokenizer.
         NotImplementedError: If `processing_class` is a multimodal processor.
     """
-    encoder = _Encoder(processing_class, chat_template, chat_template_kwargs)
+    encoder = _Encoder(processing_class, chat_template, chat_template_kwargs, keep_prompt)
     encoded: list[EncodedProbe] = []
     dropped: list[tuple[str, str]] = []
     merges = 0
-    for probe in probes:
+    for probe in check_probes(probes):
         prompt_ids, response_ids, merged = encoder.encode(probe)
         kept = truncation.as_slice()
         is_response = ([False] * len(prompt_ids) + [True] * len(response_ids))[kept]
@@ -208,36 +215,48 @@ class _Encoder:
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None,
         chat_template_kwargs: Mapping[str, Any] | None,
+        keep_prompt: bool = False,
     ) -> None:
         if isinstance(tokenizer, ProcessorMixin):
             raise NotImplementedError(
                 f"processing_class is a multimodal processor ({type(tokenizer).__name__}); probes are text only. "
                 "Pass its tokenizer (`processor.tokenizer`)."
             )
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(
+                f"processing_class is a {type(tokenizer).__name__}; give the tokenizer itself, such as "
+                "`trainer.processing_class` or `AutoTokenizer.from_pretrained(...)`"
+            )
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        self.template_kwargs = dict(chat_template_kwargs or {})
+        self.template_kwargs = chat_template_kwargs
+        self.keep_prompt = keep_prompt
         self.prompts: dict[tuple[bool, str], list[int]] = {}
 
     def encode(self, probe: Probe) -> tuple[list[int], list[int], bool]:
         """Return prompt ids, response ids, and whether the prompt alone is no prefix of the whole."""
-        key = (isinstance(probe.prompt, str), prompt_identity(probe.prompt))
+        key = (isinstance(probe.prompt, str), prompt_identity(probe.prompt, probe.template))
         if key not in self.prompts:
-            self.prompts[key] = self._prompt_ids(probe.prompt)
+            self.prompts[key] = self._prompt_ids(probe)
         prompt_ids = self.prompts[key]
         if probe.response_ids is not None:
             self._check_same_tokenizer(probe)
             return prompt_ids, list(probe.response_ids), False
-        whole = self._whole_ids(probe.prompt, probe.response)
+        whole = self._whole_ids(probe)
         start = common_prefix_length(prompt_ids, whole)
-        return whole[:start], whole[start:], start < len(prompt_ids)
+        if not self.keep_prompt or start == len(prompt_ids):
+            return whole[:start], whole[start:], start < len(prompt_ids)
+        if isinstance(probe.prompt, str):  # tokens merged: none can, behind a prompt that stands
+            return prompt_ids, self._whole_ids(probe, alone=True), True
+        return prompt_ids, whole[start:], True
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return list(self.tokenizer(text=prompt)["input_ids"])
-        return self._render([dict(message) for message in prompt], add_generation_prompt=True)
+    def _prompt_ids(self, probe: Probe) -> list[int]:
+        if isinstance(probe.prompt, str):
+            return list(self.tokenizer(text=probe.prompt)["input_ids"])
+        return self._render([dict(message) for message in probe.prompt], probe.template, add_generation_prompt=True)
 
-    def _whole_ids(self, prompt: Prompt, response: str) -> list[int]:
+    def _whole_ids(self, probe: Probe, *, alone: bool = False) -> list[int]:
+        prompt, response = probe.prompt, probe.response
         if isinstance(prompt, str):
             eos = self.tokenizer.eos_token
             if eos is None:
@@ -246,21 +265,21 @@ class _Encoder:
                     "or `eos_token` in SFTConfig."
                 )
             ended = response if response.endswith(eos) else response + eos
+            if alone:
+                return list(self.tokenizer(text=ended, add_special_tokens=False)["input_ids"])
             return list(self.tokenizer(text=prompt + ended)["input_ids"])
-        return self._render([*map(dict, prompt), {"role": "assistant", "content": response}])
+        return self._render([*map(dict, prompt), {"role": "assistant", "content": response}], probe.template)
 
-    def _render(self, messages: list[dict[str, Any]], **kwargs: Any) -> list[int]:
+    def _render(self, messages: list[dict[str, Any]], own: Mapping[str, Any] | None, **kwargs: Any) -> list[int]:
         if self.chat_template is None and self.tokenizer.chat_template is None:
             raise ValueError(
                 "The probes hold chat messages and the tokenizer has no chat template. Set `tokenizer.chat_template`, "
                 "pass `chat_template=...`, or use plain-text prompts."
             )
+        given = (own if self.template_kwargs is None else self.template_kwargs) or {}
+        template = {"chat_template": self.chat_template, **given}  # a row may name a template of its own, as in TRL
         rendered = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.chat_template,
-            tokenize=True,
-            return_dict=True,
-            **{**self.template_kwargs, **kwargs},
+            messages, **{**template, **kwargs, "tokenize": True, "return_dict": True}
         )
         return list(rendered["input_ids"])  # type: ignore[call-overload, index, arg-type]
 

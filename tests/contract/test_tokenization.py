@@ -1,11 +1,26 @@
 """Contract with TRL: a probe's ids are the ids that the trainers make of the same row."""
 
+import importlib.resources
+import json
+
 import numpy as np
 import pytest
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
+from llm_dynamics import _trl, watch
 from llm_dynamics.demo.tiny import build_tiny_model
 from llm_dynamics.probes import ProbeSet, TruncationRule, encode_probes
 
@@ -226,3 +241,159 @@ def test_rows_with_labels_encode_as_in_kto(preference_rows, chat_preference_rows
         )
         assert found == [(r["label"], r["prompt_ids"] + r["completion_ids"]) for r in trainer.train_dataset]
     assert [desirable for desirable, _ in found] == [row["label"] for row in rows]
+
+
+# -- Tools and other arguments of the template
+
+SHOWING = (
+    "{% if tools is not none and tools is defined %}<tools>{{ tools | tojson }}</tools>\n{% endif %}{{ style or '' }}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SCHEMAS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+OF_ROWS = {
+    "tools as JSON": [{"tools": json.dumps(SCHEMAS)}, {"tools": None}, {"tools": "[]"}],
+    "tools": [{"tools": [{"name": "add"}]}, {"tools": None}, {"tools": []}],
+    "arguments": [{"chat_template_kwargs": {"style": style}} for style in ("briefly", None, "at length")],
+    "a template": [{"chat_template_kwargs": {"chat_template": "{{ 'T' }}" + SHOWING}}] * 3,
+}
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
+def test_tools_and_template_arguments_of_rows_encode_as_in_training(chat_preference_rows, tokenizer, tmp_path, kind):
+    tokenizer.chat_template = SHOWING
+    for name, columns in OF_ROWS.items():
+        rows = [{**row, **own} for row, own in zip(chat_preference_rows, columns, strict=False)]
+        data = Dataset.from_list(rows)  # which fills in None for what a row lacks: so read the same rows from it
+        probes = ProbeSet.from_preference_dataset(data)
+        encoded = encode_probes(probes, tokenizer)
+        assert len({probe.prompt_ids[:8] for probe in encoded}) > 1 or name == "a template"
+        if kind == "dpo":
+            assert_same_as_dpo(probes, encoded, dpo_trainer(rows, tokenizer, tmp_path / name).train_dataset)
+            continue
+        chosen = [probe for probe in encoded if probe.probe_id.endswith("/chosen")]
+        data = data.rename_column("chosen", "completion").remove_columns("rejected")
+        if kind == "sft":
+            assert_same_as_sft(chosen, sft_rows(list(data), tokenizer, tmp_path))
+            continue
+        build_tiny_model(len(tokenizer)).save_pretrained(tmp_path / "model")
+        trainer = KTOTrainer(
+            str(tmp_path / "model"),
+            args=KTOConfig(output_dir=str(tmp_path / "out"), **COMMON),
+            train_dataset=data.add_column("label", [True, False, True]),
+            processing_class=tokenizer,
+        )
+        for probe, row in zip(chosen, trainer.train_dataset, strict=True):
+            assert (list(probe.prompt_ids), list(probe.response_ids)) == (row["prompt_ids"], row["completion_ids"])
+
+
+def add(a: int, b: int) -> int:
+    """
+    Adds two numbers.
+
+    Args:
+        a: The first number.
+        b: The second number.
+    """
+    return a + b
+
+
+class Shop:
+    """An environment with one tool."""
+
+    def reset(self, **_):
+        return None
+
+    def buy(self, thing: str) -> str:
+        """
+        Buys something.
+
+        Args:
+            thing: What to buy.
+        """
+        return thing
+
+
+class Bank(Shop):
+    """An environment with another tool, too."""
+
+    pay = staticmethod(add)
+
+
+def rollout_trainer(rows, tokenizer, tmp_path, trainer_class=GRPOTrainer, config_class=GRPOConfig, **options):
+    config = {name: options.pop(name) for name in ("chat_template_kwargs",) if name in options}
+    return trainer_class(
+        build_tiny_model(len(tokenizer)),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=config_class(output_dir=str(tmp_path), num_generations=2, beta=0.0, **COMMON, **config),
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
+        processing_class=tokenizer,
+        **options,
+    )
+
+
+def qwen3(tokenizer):
+    templates = importlib.resources.files("trl").joinpath("chat_templates")
+    tokenizer.chat_template = templates.joinpath("qwen3.jinja").read_text(encoding="utf-8")
+
+
+OF_TRAINERS = {
+    "tools": {"tools": [add]},
+    "arguments": {"chat_template_kwargs": {"enable_thinking": False}},
+    "tools and arguments": {"tools": [add], "chat_template_kwargs": {"enable_thinking": False}},
+    "neither": {},
+    "an environment": {"environment_factory": Shop},
+    "an environment beside tools": {"environment_factory": Shop, "tools": [add]},
+    "like environments": {"environment_factory": {"a": Shop, "b": Shop}},
+}
+
+
+@pytest.mark.parametrize("options", OF_TRAINERS.values(), ids=OF_TRAINERS)
+def test_prompts_of_chat_rows_encode_as_in_grpo(chat_preference_rows, tokenizer, tmp_path, options):
+    qwen3(tokenizer)
+    trainer = rollout_trainer(chat_preference_rows, tokenizer, tmp_path, **options)
+    trainer._batch_environments = [next(iter(getattr(trainer, "_env_tools", [None])))] * len(chat_preference_rows)
+    trained, *_ = trainer._tokenize_prompts([row["prompt"] for row in chat_preference_rows])
+    # what a row gives is not for a trainer that generates: it renders every prompt alike
+    rows = [{**row, "tools": json.dumps(SCHEMAS)} for row in chat_preference_rows]
+    callback = watch(trainer, ProbeSet.from_preference_dataset(rows, families=("chosen",)))
+    assert [list(probe.prompt_ids) for probe in callback.encoded] == [list(ids) for ids in trained]
+
+
+def test_prompts_encode_as_in_rloo(chat_preference_rows, tokenizer, tmp_path):
+    tokenizer.chat_template = SHOWING
+    options = {"chat_template_kwargs": {"style": "briefly", "tools": SCHEMAS}}
+    trainer = rollout_trainer(chat_preference_rows, tokenizer, tmp_path, RLOOTrainer, RLOOConfig, **options)
+    trained, *_ = trainer._tokenize_prompts([row["prompt"] for row in chat_preference_rows])
+    callback = watch(trainer, ProbeSet.from_preference_dataset(chat_preference_rows, families=("chosen",)))
+    assert [list(probe.prompt_ids) for probe in callback.encoded] == [list(ids) for ids in trained]
+
+
+def test_a_prompt_that_a_response_would_change_stays_whole_where_the_trainer_generates(
+    chat_preference_rows, tokenizer, tmp_path
+):
+    trainer = rollout_trainer(MERGING, tokenizer, tmp_path / "text")
+    trained, *_ = trainer._tokenize_prompts([row["prompt"] for row in MERGING])
+    callback = watch(trainer, ProbeSet.from_preference_dataset(MERGING, families=("chosen",)))
+    assert [list(probe.prompt_ids) for probe in callback.encoded] == [list(ids) for ids in trained]
+    assert callback.encoded.boundary_merges == 1
+    assert tokenizer.decode(callback.encoded[0].response_ids) == "g should I boil an egg?<|im_end|>"
+    tokenizer.chat_template = SHOWING.replace("assistant\n{% endif %}", "assistant\n<think></think>{% endif %}")
+    trainer = rollout_trainer(chat_preference_rows, tokenizer, tmp_path / "chat")
+    callback = watch(trainer, ProbeSet.from_preference_dataset(chat_preference_rows, families=("chosen",)))
+    for probe, row in zip(callback.encoded, chat_preference_rows, strict=True):
+        assert tokenizer.decode(probe.prompt_ids).endswith("assistant\n<think></think>")
+        assert tokenizer.decode(probe.response_ids) == row["chosen"][0]["content"] + "<|im_end|>\n"
+
+
+def test_environments_of_different_tools_are_refused_and_others_doubted(
+    chat_preference_rows, tokenizer, tmp_path, caplog
+):
+    qwen3(tokenizer)
+    trainer = rollout_trainer(chat_preference_rows, tokenizer, tmp_path, environment_factory={"a": Shop, "b": Bank})
+    with pytest.raises(NotImplementedError, match=r"the environments \['a', 'b'\] have different tools"):
+        watch(trainer, ProbeSet.from_preference_dataset(chat_preference_rows))
+    assert _trl.prompts_are_made_elsewhere(trainer).startswith("an environment")
+    trainer = rollout_trainer(chat_preference_rows, tokenizer, tmp_path, rollout_func=lambda prompts, trainer: {})
+    watch(trainer, ProbeSet.from_preference_dataset(chat_preference_rows))
+    assert "this run's prompts are made by a rollout_func" in caplog.text

@@ -137,21 +137,23 @@ def test_the_template_of_assistant_only_loss_is_found_on_the_trainer(tokenizer, 
     templates = importlib.resources.files("trl").joinpath("chat_templates")
     tokenizer.chat_template = templates.joinpath("qwen3.jinja").read_text(encoding="utf-8")
     trainer = sft_trainer(tokenizer, tmp_path, assistant_only_loss=True)
-    found = _trl.chat_template(trainer)
+    found = _trl.rendering(trainer)["chat_template"]
     assert found is not None, (
         "SFTTrainer keeps the template that it swaps in for assistant_only_loss elsewhere than in `chat_template`: "
-        "see _trl.chat_template"
+        "see _trl.rendering"
     )
-    assert "generation" in found, "`SFTTrainer.chat_template` is no training template any more: see _trl.chat_template"
+    assert "generation" in found, "`SFTTrainer.chat_template` is no training template any more: see _trl.rendering"
     assert found != trainer.processing_class.chat_template, (
-        "SFTTrainer changes the tokenizer's own template now: _trl.chat_template can go"
+        "SFTTrainer changes the tokenizer's own template now: _trl.rendering need not name it"
     )
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "plain"])
 def test_without_assistant_only_loss_the_tokenizers_template_counts(kind, model_folder, tmp_path):
-    found = _trl.chat_template(build_trainer(kind, model_folder, tmp_path))
-    assert found is None, f"{kind}: the trainer has a `chat_template` of its own now; see _trl.chat_template"
+    found = _trl.rendering(build_trainer(kind, model_folder, tmp_path))
+    assert found == {"chat_template": None, "chat_template_kwargs": None, "keep_prompt": False}, (
+        f"{kind}: the trainer has a `chat_template` or template arguments of its own now; see _trl.rendering"
+    )
 
 
 # ---- reference_model -------------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 import json
+import re
 from pathlib import Path
 
 import datasets
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from llm_dynamics.probes import (
     FAMILY_ORDER,
@@ -409,11 +412,59 @@ def test_a_text_prompt_of_message_responses_is_the_users_message(chat_preference
     assert probes[0].prompt == ({"role": "user", "content": "How?"},)
 
 
-@pytest.mark.parametrize("column", ["tools", "chat_template_kwargs"])
-def test_rows_with_their_own_template_arguments_are_refused(chat_preference_rows, column):
-    assert ProbeSet.from_preference_dataset([{**row, column: None} for row in chat_preference_rows])
-    with pytest.raises(ValueError, match=f"6 x the row has '{column}'"):
-        ProbeSet.from_preference_dataset([{**row, column: {"x": 1}} for row in chat_preference_rows])
+def test_probes_carry_what_their_row_gives_to_the_chat_template(chat_preference_rows, tmp_path):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    rows = [dict(row) for row in chat_preference_rows]
+    rows[0] |= {"tools": json.dumps(tools), "chat_template_kwargs": {"style": "briefly"}}
+    rows[1] |= {"tools": [], "chat_template_kwargs": float("nan")}  # [] is rendered; NaN is a data frame's "none"
+    rows[2] |= {"tools": None, "chat_template_kwargs": {}}
+    probes = ProbeSet.from_preference_dataset(rows, families=("chosen", "rejected", "ungrammatical"))
+    by_prompt = {probe.prompt_id: probe.template for probe in probes}
+    assert list(by_prompt.values())[:4] == [{"tools": tools, "style": "briefly"}, {"tools": []}, None, None]
+    assert all(probe.template == by_prompt[probe.prompt_id] for probe in probes)
+    loaded = ProbeSet.load(probes.save(tmp_path / "probes.parquet"))
+    assert (loaded, loaded.fingerprint()) == (probes, probes.fingerprint())
+    assert probes.fingerprint() != ProbeSet.from_preference_dataset(chat_preference_rows).fingerprint()
+    assert all(
+        probe.template == by_prompt[probe.prompt_id]
+        for probe in probes.select(families=("chosen",)).add_family("rejected", responses=["a"] * 6)
+    )
+
+
+def test_a_set_without_template_arguments_is_a_file_of_the_first_format(preference_rows, tmp_path):
+    path = ProbeSet.from_preference_dataset(preference_rows).save(tmp_path / "probes.parquet")
+    header = json.loads(pq.read_schema(path).metadata[b"llm_dynamics.probe_set"])
+    assert header["version"] == 1
+    pq.write_table(pq.read_table(path).drop_columns("template"), path)  # as an earlier version wrote it
+    assert ProbeSet.load(path) == ProbeSet.from_preference_dataset(preference_rows)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("tools", {"x": 1}, "column 'tools': a dict; give a list of tool schemas"),
+        ("tools", "[broken", "column 'tools': not valid JSON"),
+        ("tools", [print], "'tools' and 'chat_template_kwargs' must be JSON values"),
+        ("chat_template_kwargs", [1], "column 'chat_template_kwargs': a list; give a dictionary"),
+    ],
+)
+def test_template_arguments_of_another_kind_are_refused(chat_preference_rows, column, value, message):
+    with pytest.raises(ValueError, match=f"6 x {re.escape(message)}"):
+        ProbeSet.from_preference_dataset([{**row, column: value} for row in chat_preference_rows])
+
+
+@pytest.mark.parametrize("probes", ["chosen", {"a": 1}, [("a", "b")], [None], 3, None])
+def test_what_is_no_probe_is_named(probes, tokenizer):
+    with pytest.raises(TypeError, match=r"probes(\[0\])? is a \w+; give a ProbeSet, or a list of Probe"):
+        ProbeSet(probes)
+    with pytest.raises(TypeError, match=r"probes(\[0\])? is a \w+; give a ProbeSet, or a list of Probe"):
+        encode_probes(probes, tokenizer)
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", None, AutoTokenizer])
+def test_what_is_no_tokenizer_is_named(tokenizer, preference_rows):
+    with pytest.raises(TypeError, match=r"processing_class is a \w+; give the tokenizer itself"):
+        encode_probes(ProbeSet.from_preference_dataset(preference_rows), tokenizer)
 
 
 @pytest.mark.parametrize(("line", "message"), [("{broken", "line 2: not valid JSON"), ("[1]", "line 2: a JSON list")])

@@ -61,5 +61,5 @@ def test_a_later_format_is_refused(tmp_path):
     table = pq.read_table(path)
     header = json.dumps({"version": 99, "metadata": {}, "dropped": []})
     pq.write_table(table.replace_schema_metadata({FORMAT_KEY: header}), path)
-    with pytest.raises(ValueError, match="format 99; this version reads up to 1"):
+    with pytest.raises(ValueError, match="format 99; this version reads up to 2"):
         ProbeSet.load(path)
