@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -214,93 +213,3 @@ class ChatModelRephraser:
             if isinstance(candidate, int):
                 return candidate
         return 0
-
-
-class OpenAIRephraser:
-    """Writes with any endpoint that speaks OpenAI's `/chat/completions` (vLLM, llama.cpp, Ollama, hosted services).
-
-    Args:
-        base_url: The endpoint, e.g. `http://localhost:8000/v1`.
-        model: Name of the model there.
-        api_key: Key, if the endpoint asks for one. None sends none of yours: no environment variable is read.
-        temperature: Sampling temperature.
-        max_tokens: Longest text, in tokens.
-        seed: Seed that is passed on; an endpoint may ignore it.
-        timeout: Seconds until a request is given up.
-        max_retries: Retries by the client, with growing pauses, after a lost connection, a timeout, 429 or 5xx.
-        concurrency: Requests under way at once.
-
-    Raises:
-        ImportError: If the `openai` package is missing.
-    """
-
-    def __init__(
-        self,
-        base_url: str,
-        model: str,
-        api_key: str | None = None,
-        *,
-        temperature: float = 0.7,
-        max_tokens: int = 512,
-        seed: int | None = 0,
-        timeout: float = 60.0,
-        max_retries: int = 4,
-        concurrency: int = 4,
-    ) -> None:
-        try:
-            import openai
-        except ImportError as error:
-            raise ImportError(
-                "OpenAIRephraser needs the `openai` client: pip install llm-dynamics[rephrase]"
-            ) from error
-        self._openai = openai
-        self.base_url = base_url
-        self.model = model
-        self.temperature = temperature
-        self.max_tokens = max_tokens
-        self.seed = seed
-        self.concurrency = max(1, concurrency)
-        self._options: dict[str, Any] = {
-            "base_url": base_url,
-            # The client falls back on OPENAI_API_KEY if this is None: a key is never sent to a place not meant for it.
-            "api_key": api_key or "none",
-            "timeout": timeout,
-            "max_retries": max_retries,
-        }
-
-    @property
-    def description(self) -> str:
-        """Model, endpoint and decoding, for the provenance of the texts."""
-        return f"{self.model} at {self.base_url} (temperature {self.temperature}, seed {self.seed})"
-
-    def rephrase(self, requests: Sequence[RephraseRequest]) -> list[str | None]:
-        """Return one text per request, in order; None where the endpoint returned nothing.
-
-        Raises:
-            RuntimeError: If the endpoint cannot be reached or refuses, naming it and what it said.
-        """
-        messages = [writer_messages(request) for request in requests]
-        with self._openai.OpenAI(**self._options) as client, ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(self._write, client, message) for message in messages]
-            try:
-                return [future.result() for future in futures]
-            except self._openai.OpenAIError as error:
-                pool.shutdown(cancel_futures=True)
-                raise RuntimeError(
-                    f"The endpoint {self.base_url} (model {self.model!r}) failed: {type(error).__name__}: {error}. "
-                    "Check that it is running, that the address ends as the service documents (often /v1), and the "
-                    "model name and key."
-                ) from error
-
-    def _write(self, client: Any, messages: list[dict[str, Any]]) -> str | None:
-        options = {} if self.seed is None else {"seed": self.seed}
-        completion = client.chat.completions.create(
-            model=self.model,
-            messages=messages,
-            temperature=self.temperature,
-            max_tokens=self.max_tokens,
-            **options,
-        )
-        if not completion.choices:
-            return None
-        return (completion.choices[0].message.content or "").strip() or None

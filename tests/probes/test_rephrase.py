@@ -1,6 +1,7 @@
 import json
-import sys
+import socket
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -73,12 +74,6 @@ class Endpoint:
         self.server.server_close()
 
 
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
 # -- What a writer is told
 
 
@@ -149,34 +144,142 @@ def test_a_busy_endpoint_is_asked_again():
 
 
 def test_an_endpoint_that_refuses_is_named_with_what_it_said():
-    with Endpoint(lambda _: "Fine.", failures=100, status=401) as endpoint:
-        rephraser = OpenAIRephraser(endpoint.url, "m", max_retries=0)
-        with pytest.raises(RuntimeError, match=rf"{endpoint.url} \(model 'm'\) failed: AuthenticationError.*kettle"):
-            rephraser.rephrase(REQUESTS)
+    refusal = r"\(model 'm'\) failed: status 401: .*kettle"
+    with Endpoint(lambda _: "Fine.", failures=100, status=401) as endpoint, pytest.raises(RuntimeError, match=refusal):
+        OpenAIRephraser(endpoint.url, "m").rephrase(REQUESTS)
+    with Endpoint(lambda _: "Fine.", failures=100) as endpoint, pytest.raises(RuntimeError, match="failed: status 503"):
+        OpenAIRephraser(endpoint.url, "m", max_retries=2).rephrase(REQUESTS[:1])
+    assert len(endpoint.requests) == 3
 
 
 def test_an_endpoint_that_is_not_there_is_named():
     with Endpoint(lambda _: "Fine.") as endpoint:
         pass
     rephraser = OpenAIRephraser(endpoint.url, "m", max_retries=0, timeout=5)
-    with pytest.raises(
-        RuntimeError, match=f"The endpoint {endpoint.url} .*APIConnectionError.*Check that it is running"
-    ):
+    with pytest.raises(RuntimeError, match=f"{endpoint.url} .*ConnectionRefusedError.*Check that it is running"):
         rephraser.rephrase(REQUESTS[:1])
 
 
-def test_only_a_given_key_is_sent(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "not-for-this-endpoint")
+def test_only_what_is_given_is_sent_and_only_to_the_address_given(monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS"):
+        monkeypatch.setenv(name, "X-Secret: not-for-this-endpoint")
+    for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9/elsewhere")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
     with Endpoint(lambda _: "Fine.") as endpoint:
-        OpenAIRephraser(endpoint.url, "m").rephrase(REQUESTS[:1])
+        OpenAIRephraser(endpoint.url + "/", "m").rephrase(REQUESTS[:1])
         OpenAIRephraser(endpoint.url, "m", api_key="given").rephrase(REQUESTS[:1])
-    assert [headers["Authorization"] for headers in endpoint.headers] == ["Bearer none", "Bearer given"]
+    assert [headers["Authorization"] for headers in endpoint.headers] == [None, "Bearer given"]
+    assert "not-for-this-endpoint" not in str([headers.items() for headers in endpoint.headers])
 
 
-def test_a_missing_client_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ImportError, match=r"pip install llm-dynamics\[rephrase\]"):
-        OpenAIRephraser("http://127.0.0.1/v1", "m")
+SECRETS = [
+    "http://me:hunter2@host/v1",
+    "http://hunter2@host/v1",
+    "http://me:hunter2/v1@host",
+    "http://host/v1?k=hunter2",
+]
+
+
+@pytest.mark.parametrize("url", [*SECRETS, "http://host/v1#hunter2", ("http://hunter2@host",)])
+def test_what_may_be_a_password_in_the_address_is_refused_and_not_repeated(url):
+    with pytest.raises(ValueError, match="base_url must") as refused:
+        OpenAIRephraser(url, "m")
+    assert "hunter2" not in str(refused.value)
+    assert refused.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    "url", ["", "localhost:8000/v1", "file:///etc/passwd", "http:///v1", "http://h:port/v1", "http://h\n/v1"]
+)
+def test_what_is_no_address_is_refused(url):
+    with pytest.raises(ValueError, match=r"base_url is .*give an address such as"):
+        OpenAIRephraser(url, "m")
+
+
+@pytest.mark.parametrize("key", ["hunter2\r\nX: y", "hünter2", b"hunter2"])
+def test_a_key_that_no_header_takes_is_refused_and_not_repeated(key):
+    with pytest.raises(ValueError, match="api_key must be one line") as refused:
+        OpenAIRephraser("http://host/v1", "m", key)
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "options", [{"timeout": 0}, {"timeout": float("inf")}, {"max_retries": -1}, {"concurrency": 0}]
+)
+def test_senseless_bounds_are_refused(options):
+    with pytest.raises(ValueError, match="OpenAIRephraser: timeout="):
+        OpenAIRephraser("http://host/v1", "m", **options)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+REDIRECT = b"HTTP/1.1 307 Temporary Redirect\r\nLocation: http://user:hunter2@elsewhere.example/v1\r\n\r\n"
+
+
+def reply(content):
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+MISBEHAVING = {
+    "redirect": ([REDIRECT], "a redirect to the host elsewhere.example; prompts are sent to the address given alone"),
+    "another status": ([b"HTTP/1.1 204 No Content\r\n\r\n"], "status 204"),
+    "key echoed": ([b"HTTP/1.1 403 No\r\n\r\n", b"no such key: given-key" * 50], r"no such key: \*\*\*"),
+    "no HTTP": ([b"SSH-2.0-OpenSSH_9.6\r\n"], "BadStatusLine"),
+    "no JSON": ([reply(b"<html>given-key")], r"no chat completion: '<html>\*\*\*'"),
+    "no UTF-8": ([reply(b"\xff\xfe{}")], "no chat completion"),
+    "deep JSON": ([reply(b"[" * 200_000)], "no chat completion"),
+    "a list": ([reply([])], "no chat completion"),
+    "null": ([reply(None)], "no chat completion"),
+    "no choices": ([reply({"object": "error"})], "no chat completion"),
+    "choices null": ([reply({"choices": None})], "no chat completion"),
+    "choices of texts": ([reply({"choices": ["Fine."]})], "no chat completion"),
+    "no message": ([reply({"choices": [{"text": "Fine."}]})], "no chat completion"),
+    "message null": ([reply({"choices": [{"message": None}]})], "no chat completion"),
+    "content of parts": ([reply({"choices": [{"message": {"content": [{"text": "a"}]}}]})], "no chat completion"),
+    "content a number": ([reply({"choices": [{"message": {"content": 3}}]})], "no chat completion"),
+    "a length that it does not keep": ([HEAD + b"Content-Length: 99\r\n\r\n{}"], "IncompleteRead|no chat completion"),
+    "huge": ([HEAD + b"\r\n", *[b"x" * 2**20] * 6], "longer than 4194304 bytes"),
+    "huge header": ([HEAD + b"X: " + b"x" * 100_000], "LineTooLong"),
+    "silence": ([b"", None], "no whole reply within 0.3 s"),
+    "drip": ([HEAD + b"\r\n", *[b" "] * 400], "no whole reply within 0.3 s"),
+    "dripping header": ([HEAD, *[b"X"] * 400], "no whole reply within 0.3 s"),
+    "dripping chunks": ([HEAD + b"Transfer-Encoding: chunked\r\n\r\n", *[b"1\r\n \r\n"] * 400], "no whole reply"),
+    "endless 100": ([b"HTTP/1.1 100 Continue\r\n\r\n"] * 400, "no whole reply within 0.3 s"),
+}
+
+
+@pytest.mark.parametrize("name", MISBEHAVING)
+def test_an_endpoint_that_misbehaves_is_one_error_that_names_it(name):
+    sent, message = MISBEHAVING[name]
+    done = threading.Event()
+
+    def serve(listener):
+        connection, _ = listener.accept()
+        with connection, suppress(OSError), connection.makefile("rb") as request:
+            while (line := request.readline().lower()) != b"\r\n":
+                if line.startswith(b"content-length"):
+                    length = int(line.split()[1])
+            request.read(length)
+            for part in sent:
+                done.wait(2 if part is None else 0.01 if len(sent) > 100 else 0)
+                connection.sendall(part or b"")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=serve, args=(listener,))
+        server.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        timeout = 0.3 if "whole reply" in message else 30
+        rephraser = OpenAIRephraser(url, "m", "given-key", max_retries=0, timeout=timeout)
+        with pytest.raises(RuntimeError, match=message) as raised:
+            rephraser.rephrase(REQUESTS[:1])
+        done.set()
+        server.join()
+    assert str(raised.value).startswith(f"The endpoint {url} (model 'm') failed: ")
+    assert "given-key" not in str(raised.value)
+    assert "hunter2" not in str(raised.value)
+    assert "given-key" not in rephraser.description
 
 
 # -- A local model
