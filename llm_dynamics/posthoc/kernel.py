@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+import logging
+from collections.abc import Callable
+from typing import Literal
 
 import pandas as pd
 
 from llm_dynamics.kernel import TokenKernel, token_kernel
 from llm_dynamics.kernel.exact import DEFAULT_MEMORY_MB
-from llm_dynamics.posthoc.loading import load_checkpoint, load_tokenizer
+from llm_dynamics.posthoc.loading import encoding_of, load_checkpoint, load_tokenizer, training_run
 from llm_dynamics.probes import Probe, encode_probes
+from llm_dynamics.probes.rows import Rows, as_records, preference_records, read_rows
+
+logger = logging.getLogger(__name__)
 
 RESPONSES = ("response", "completion", "chosen")
 """Columns that may hold the response of a row; the first that it has counts."""
@@ -18,26 +22,32 @@ RESPONSES = ("response", "completion", "chosen")
 
 def kernel_of_files(
     checkpoint: str,
-    train: Sequence[Mapping[str, Any]],
-    probes: Sequence[Mapping[str, Any]],
+    train: Rows,
+    probes: Rows,
     *,
     rows: Literal["tokens", "responses"] = "responses",
     tokenizer: str | None = None,
     dtype: str = "float32",
     device: str | None = None,
+    trust_remote_code: bool = False,
     memory_budget_mb: float = DEFAULT_MEMORY_MB,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[pd.DataFrame, TokenKernel]:
     """Compute how a gradient step on each training response would move each probe: `token_kernel` over rows of files.
 
+    The kernel runs over what training changes: all parameters, or those of the checkpoint's adapter. Rows are encoded
+    as by the run that the checkpoint lies in, where that was watched (`score_checkpoints`).
+
     Args:
         checkpoint: Folder or hub id of the model.
-        train: Rows with `prompt` (text or chat) and a response, in the first of `RESPONSES` that a row has.
+        train: Rows with `prompt` (text or chat) and a response, in the first of `RESPONSES` that a row has; or `chosen`
+            and `rejected` that begin with the prompt. `tools` and `chat_template_kwargs` count as in training.
         probes: The same.
         rows: One row and column per response, or per response token.
         tokenizer: Folder or hub id; None: the checkpoint's.
         dtype: Precision of the weights.
         device: Where to compute; None: a GPU where there is one.
+        trust_remote_code: Let a model and a tokenizer that bring Python code run it.
         memory_budget_mb: As for `token_kernel`.
         on_progress: As for `token_kernel`.
 
@@ -51,10 +61,20 @@ def kernel_of_files(
         ValueError: For rows without a prompt or response, or a checkpoint that does not load.
         NotImplementedError: As for `token_kernel`.
     """
-    processing_class = load_tokenizer(tokenizer or checkpoint)
+    processing_class = load_tokenizer(tokenizer or checkpoint, trust_remote_code=trust_remote_code)
     texts = {name: _texts(given, name) for name, given in (("train", train), ("probes", probes))}
-    sides = {name: _encode(given, processing_class) for name, given in texts.items()}
-    model = load_checkpoint(checkpoint, dtype=dtype, device=device)
+    run = training_run(checkpoint)
+    if run is None:
+        logger.warning(
+            "%s lies in no run that was watched: rows are encoded without truncation, by the tokenizer's own chat "
+            "template. Where training did otherwise, this is not the kernel of its rows",
+            checkpoint,
+        )
+    encoding = {} if run is None else encoding_of(run)
+    encoded = {name: encode_probes(given, processing_class, **encoding) for name, given in texts.items()}
+    # with their numbers in the files: some rows may leave nothing to score
+    sides = {name: [(int(probe.probe_id), probe) for probe in side] for name, side in encoded.items()}
+    model = load_checkpoint(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     kernel = token_kernel(
         model,
         [encoded for _, encoded in sides["train"]],
@@ -89,27 +109,29 @@ def kernel_of_files(
     return long, kernel
 
 
-def _texts(rows: Sequence[Mapping[str, Any]], what: str) -> list[Probe]:
-    """Return the prompt and response of every row.
+def _texts(rows: Rows, what: str) -> list[Probe]:
+    """Return the prompt and response of every row, as its trainer reads them.
 
     Raises:
-        ValueError: For a row without a prompt or a response.
+        ValueError: For a row without a prompt or a response, or of a form that no trainer takes.
     """
-    made = []
-    for number, row in enumerate(rows):
+    records = as_records(rows, what)
+    if "prompt" not in records[0] and {"chosen", "rejected"} <= records[0].keys():
+        records = preference_records(records, prompt="prompt", columns={}, what=what)  # taken out, as DPO does
+    pairs = []
+    for number, row in enumerate(records):
         column = next((name for name in RESPONSES if row.get(name)), None)
         if not row.get("prompt") or column is None:
             raise ValueError(
-                f"{what}, row {number} has no prompt and response; seen: {', '.join(row) or 'nothing'}. It needs "
-                f"`prompt` and one of {', '.join(f'`{name}`' for name in RESPONSES)}"
+                f"{what}, row {number} has no prompt and response; seen: {', '.join(map(str, row)) or 'nothing'}. It "
+                f"needs `prompt` and one of {', '.join(f'`{name}`' for name in RESPONSES)}"
             )
-        prompt, response = row["prompt"], row[column]
-        text = response if isinstance(response, str) else response[-1]["content"]
-        given = prompt if isinstance(prompt, str) else tuple(prompt)
-        made.append(Probe(str(number), str(number), given, text, "chosen"))
-    return made
-
-
-def _encode(probes: Sequence[Probe], tokenizer: Any) -> list[tuple[int, Any]]:
-    """Tokenise responses; each with its number in the file, since some may leave nothing to score."""
-    return [(int(probe.probe_id), probe) for probe in encode_probes(probes, tokenizer)]
+        pairs.append({**row, "chosen": row[column]})
+    probes = []
+    for read in read_rows(pairs, prompt="prompt", columns={"chosen": "chosen"}, what=what):
+        text = read.first("chosen")
+        if text is None:
+            raise ValueError(f"{what}, row {read.source_row}: the response is blank")
+        row_id = str(read.source_row)
+        probes.append(Probe(row_id, row_id, read.prompt, text, "chosen", template=read.template))
+    return probes
