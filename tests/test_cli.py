@@ -1,15 +1,19 @@
 import io
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
+import warnings
 
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 from llm_dynamics import cli, compare
+from llm_dynamics.cli import models
+from llm_dynamics.cli.show import PlainConsole, name_text
 from llm_dynamics.probes import ProbeSet
 from llm_dynamics.runlog import load_run, load_runs
 
@@ -467,3 +471,94 @@ def test_the_quick_demo_of_reinforcement_runs_end_to_end(tmp_path):
     assert load_run(tmp_path / "demo" / "nthr").nthr_tokens["selected"].any()
     assert "tokens" in done.stdout
     assert fits(done.stdout.split("Done in")[0])
+
+
+# ---- text that is not trusted ----------------------------------------------------------------------------------------
+
+HOSTILE = {
+    "no markup": "x[/x]",
+    "markup": "[bold]x",
+    "escape": "x\x1b[2J",
+    "control sequence introducer": "x\x9b2J",
+    "bidi override": "x\u202ey",
+    "newline": "x\nerror: all is lost",
+    "carriage return": "x\rerror",
+    "bell": "x\x07",
+    "emoji": ":smile:",
+    "lone surrogate": "x\udc80",
+    "tag": "x\U000e0041",
+}
+
+
+def harmless(text):
+    """The text has nothing that drives a terminal, but its ends of lines."""
+    return not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\U000e0041]", text)
+
+
+@pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
+def test_names_and_paths_are_printed_as_they_stand(run, tmp_path, name):
+    for run_name in ("a", "b"):
+        log = new_log(tmp_path / run_name / "dynamics")
+        observe(log, 0)
+        observe(log, 1)
+    results = [
+        run("compare", f"{name}={tmp_path / 'a'}", f"b={tmp_path / 'b'}"),
+        run("compare", f"b={tmp_path / 'a'}", f"{name}={tmp_path / 'b'}"),
+        run("compare", f"{name}={tmp_path / 'a'}", f"{name}={tmp_path / 'b'}"),
+        run("judge", f"{name}={tmp_path / 'a'}"),
+        run("judge", tmp_path / name),
+        run("score", tmp_path / "probes", name),
+        run("compare", tmp_path / "a", "--csv"),
+        run("compare", f"{name}={tmp_path / 'a'}", "--csv"),
+    ]
+    if "\udc80" not in name:  # which no column of text holds: an error, as harmless as the others
+        assert [status for status, *_ in results] == [0, 0, 1, 0, 1, 1, 0, 0]
+    for _, out, err in results:
+        assert harmless(out)
+        assert harmless(err)
+        assert not any(line.startswith("error: all is lost") for line in (out + err).splitlines()) or "," in out
+    assert [err for status, _, err in results if status and err.strip().count("\n")] == []
+    assert name.encode("unicode_escape").decode() in results[1][1] + results[1][2]
+    if "\udc80" in name:
+        return
+    _, out, _ = run("compare", f"{name}={tmp_path / 'a'}", "--json")
+    assert harmless(out)
+    assert {row["run"] for row in json.loads(out)} == {name}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_texts_of_probes_are_printed_as_they_stand(run, tmp_path, text):
+    if "\udc80" in text:
+        return  # no file of probes holds one
+    probes = ProbeSet.from_preference_dataset([{"prompt": text, "chosen": f"a {text}", "rejected": text}])
+    path = probes.save(tmp_path / "probes.parquet")
+    status, out, _ = run("probes", "show", path)
+    assert (status, harmless(out)) == (0, True)
+    status, out, _ = run("probes", "show", path, "--json")
+    assert (status, harmless(out)) == (0, True)
+    assert json.loads(out)[0]["response"] == f"a {text}"
+    probes = tmp_path / "pairs.jsonl"
+    probes.write_text(json.dumps({"prompt": "p", text: "x"}))
+    assert harmless(refused(run("probes", "build", probes, tmp_path / "out.parquet")))
+
+
+def test_what_is_warned_of_is_one_harmless_line(monkeypatch, capsys):
+    def warns():
+        warnings.warn("x[/x]\x1b[2J\ny", stacklevel=1)
+        logging.getLogger("llm_dynamics.anything").warning("%s", "[/x]\x9b")
+
+    monkeypatch.setattr(cli, "app", warns)
+    monkeypatch.setattr(cli.errors, "width", 80)
+    cli.main()
+    assert capsys.readouterr().err == "warning: x[/x]\\x1b[2J y\nwarning: [/x]\\x9b\n"
+
+
+def test_bars_of_checkpoints_take_any_name(monkeypatch):
+    written = io.StringIO()
+    monkeypatch.setattr(models, "errors", PlainConsole(file=written, force_terminal=True, width=80))
+    with models._bars() as bars:
+        for name in HOSTILE.values():
+            bars.add_task(name_text(name).plain, total=None)
+        bars.refresh()
+    assert "x[/x]" in written.getvalue()
+    assert "\x1b[2J" not in written.getvalue()

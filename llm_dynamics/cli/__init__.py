@@ -9,7 +9,7 @@ from rich.text import Text
 
 from llm_dynamics.cli import demo, judge, models, probes, runs
 from llm_dynamics.cli.show import console as console
-from llm_dynamics.cli.show import errors, one_line
+from llm_dynamics.cli.show import errors, one_line, warnings_as_lines
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,7 +39,8 @@ def main() -> None:
         app()
         return
     try:
-        app()
+        with warnings_as_lines():
+            app()
     except (ValueError, TypeError, NotImplementedError, ModuleNotFoundError, OSError) as error:
         errors.print(Text.assemble(("error: ", "bold red"), one_line(error)), soft_wrap=True)
         raise SystemExit(1) from None

@@ -52,7 +52,7 @@ def _run_demo(grpo: bool, quick: bool, output: Path, seed: int) -> Any:
     from dataclasses import replace
 
     def notify(line: str) -> None:
-        console.print(f"[bold cyan]>[/] {line}")
+        console.print(Text.assemble((">", "bold cyan"), f" {line}"))
 
     if grpo:
         from llm_dynamics.demo import reinforcement

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_dynamics.cli.runs import _named_runs
-from llm_dynamics.cli.show import console, print_json, printable
+from llm_dynamics.cli.show import console, name_text, print_json
 
 if TYPE_CHECKING:
     from llm_dynamics.rules import Verdict
@@ -93,10 +93,8 @@ def _heading(name: str, run: RunLog, verdicts: Sequence[Verdict]) -> Text:
     counts = [f"{faults.count(status)} {text}" for status, (text, _) in _MARKS["fault"].items()]
     steps = run.observed_steps
     span = f", steps {steps[0]} to {steps[-1]}" if steps else ""
-    trainer = printable(f" ({run.meta.get('trainer') or 'unknown trainer'}{span}): ")
-    shown = printable(name)
-    shown.stylize("bold")
-    return Text.assemble(shown, trainer, ", ".join(counts))
+    trainer = name_text(f" ({run.meta.get('trainer') or 'unknown trainer'}{span}): ")
+    return Text.assemble(name_text(name, "bold"), trainer, ", ".join(counts))
 
 
 def _lines(verdicts: Sequence[Verdict]) -> Table:
@@ -105,7 +103,7 @@ def _lines(verdicts: Sequence[Verdict]) -> Table:
     table.add_column()
     for own in sorted(verdicts, key=lambda one: [*_MARKS].index(one.kind)):
         text, style = _MARKS[own.kind][own.status]
-        table.add_row(Text(f"  {text}", style), Text.assemble((own.name, "bold"), ": ", printable(own.evidence)))
+        table.add_row(Text(f"  {text}", style), Text.assemble((own.name, "bold"), ": ", own.evidence))
         if own.status == "found" and own.kind == "fault":
             table.add_row("", Text.assemble(("limit: ", "dim"), own.threshold))
             table.add_row("", Text.assemble(("remedy: ", "dim"), own.remedy))

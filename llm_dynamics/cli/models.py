@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from llm_dynamics.cli.show import console, errors, moved_table, print_json, printable, shortened
+from llm_dynamics.cli.show import console, errors, moved_table, name_text, print_json, shortened
 
 Dtype = Annotated[str, typer.Option(help="Precision of the weights: float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1...; default: a GPU where there is one.")]
 TokenizerName = Annotated[str | None, typer.Option(help="Tokenizer (hub id or folder); default: the model's.")]
 CAPTION = "kernel > 0: they rise together; < 0: one pushes the other down (nats per unit of step size)"
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust_remote_code", help="Run the Python code that a model brings. Only where you trust it.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 
 
@@ -25,11 +28,17 @@ def score(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the run log.")] = Path("runs/score"),
     reference: Annotated[str | None, typer.Option(help="Model whose log-probs stand beside (ref_logp).")] = None,
     tokenizer: TokenizerName = None,
-    dtype: Dtype = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help="Precision: float32, bfloat16, float16; default: the run's, else float32.")
+    ] = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Score saved checkpoints on a probe set, as `watch` would have during training.
+
+    Checkpoints in the folder of a watched run are scored as its log says: truncation, chat template, tools, precision.
+    Elsewhere a warning says what is not known.
 
     Log-probs are in nats, summed over the tokens of a response. Writes a run log that `report`, `compare` and
     `load_run` read: names that end in numbers (checkpoint-500) are its steps. Needs no training script.
@@ -41,7 +50,7 @@ def score(
     from llm_dynamics.report import what_moved
 
     with _bars() as bars:
-        tasks = {name: bars.add_task(Path(name).name or name, total=None) for name in checkpoints}
+        tasks = {name: bars.add_task(name_text(Path(name).name or name).plain, total=None) for name in checkpoints}
         run = score_checkpoints(
             checkpoints,
             ProbeSet.load(probes),
@@ -50,13 +59,14 @@ def score(
             reference=reference,
             dtype=dtype,
             device=device,
+            trust_remote_code=trust_remote_code,
             on_progress=lambda name, done, total: bars.update(tasks[name], completed=done, total=total),
         )
     if as_json:
         print_json(run.sequences[["step", "probe_id", "prompt_id", "family", "n_tokens", "logp_sum", "ref_logp_sum"]])
         return
     console.print(moved_table("Mean log-prob of a response, nats: first and last checkpoint", what_moved(run)))
-    console.print(Text.assemble("run log: ", (str(run.path), "bold")), soft_wrap=True)
+    console.print(Text("run log: ") + name_text(run.path, "bold"), soft_wrap=True)
 
 
 def explain(
@@ -71,6 +81,7 @@ def explain(
     tokenizer: TokenizerName = None,
     dtype: Dtype = "float32",
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     memory_mb: Annotated[float, typer.Option(help="Megabytes for gradients in flight.")] = 2048,
     as_json: AsJson = False,
 ) -> None:
@@ -95,6 +106,7 @@ def explain(
             tokenizer=tokenizer,
             dtype=dtype,
             device=device,
+            trust_remote_code=trust_remote_code,
             memory_budget_mb=memory_mb,
             on_progress=lambda done, total: bars.update(task, completed=done, total=total),
         )
@@ -114,16 +126,17 @@ def explain(
         shown.add_row(*(_cell(shortened(v, width) if str(name).endswith("text") else v) for name, v in row.items()))
     console.print(shown)
     if output is not None:
-        console.print(Text.assemble("table: ", (str(output), "bold")), soft_wrap=True)
+        console.print(Text("table: ") + name_text(output, "bold"), soft_wrap=True)
 
 
 def _cell(value: object) -> Text:
     if isinstance(value, float):
         return Text(f"{value:+.4g}", "green" if value > 0 else "red")
-    return printable(repr(value) if isinstance(value, str) else str(value))
+    return Text(repr(value) if isinstance(value, str) else str(value))
 
 
 def _bars() -> Progress:
     """Return bars on stderr that count, and tell how long it will take."""
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    named = TextColumn("{task.description}", style="progress.description", markup=False)
+    columns = (named, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=errors, transient=True)

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from llm_dynamics.cli.show import console, print_json, printable, warnings_as_lines
+from llm_dynamics.cli.show import console, name_text, print_json, warnings_as_lines
 
 _AS_FLAGS = (
     (r"n_prompts is (-?\d+)", r"--prompts is \1"),
@@ -109,7 +109,7 @@ def build_probes(
         print_json({"path": str(path), "probes": len(probes), "prompts": len(probes.prompt_ids), "families": summary})
         return
     _show_summary(probes)
-    console.print(Text.assemble(f"{len(probes)} probes in ", (str(path), "bold")), soft_wrap=True)
+    console.print(Text(f"{len(probes)} probes in ") + name_text(path, "bold"), soft_wrap=True)
 
 
 @app.command("show")
@@ -133,12 +133,11 @@ def show_probes(
     _show_summary(probes)
     for prompt_id in probes.prompt_ids[:prompts]:
         members = [probe for probe in probes if probe.prompt_id == prompt_id]
-        title = printable(prompt_as_text(members[0].prompt))
-        table = Table(title=title, title_justify="left", show_lines=True)
+        table = Table(title=prompt_as_text(members[0].prompt), title_justify="left", show_lines=True)
         table.add_column("family", style="bold", no_wrap=True)
         table.add_column("response", overflow="fold")
         for probe in members:
-            table.add_row(probe.family, printable(probe.response))
+            table.add_row(probe.family, probe.response)
         console.print(table)
 
 
@@ -188,12 +187,9 @@ def _check_columns(columns: Mapping[str, Sequence[str]], seen: Mapping[str, Any]
 def _tokenizer(name: str | None) -> Any:
     if name is None:
         return None
-    from transformers import AutoTokenizer
+    from llm_dynamics.posthoc.loading import load_tokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer at {name!r} (a folder, or a model id on the hub): {error}") from error
+    return load_tokenizer(name)
 
 
 def _show_summary(probes: Any) -> None:
@@ -208,5 +204,5 @@ def _show_summary(probes: Any) -> None:
         table.add_column(heading, overflow="fold")
     for family, row in summary.iterrows():
         counts = (str(row["n"]), str(row["dropped"]), f"{row['mean_words']:.1f}")
-        table.add_row(str(family), *counts, *(printable(row[name]) for name in texts))
+        table.add_row(str(family), *counts, *(row[name] for name in texts))
     console.print(table)

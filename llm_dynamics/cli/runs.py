@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from llm_dynamics.cli.show import console, errors, print_json
+from llm_dynamics.cli.show import console, name_text, print_json, printable, warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,7 @@ def report(
     from llm_dynamics.runlog import load_runs
 
     page = write_report(load_runs(_named_runs(runs)), output, title=title)
-    console.print(Text.assemble("report: ", (str(page), "bold")), soft_wrap=True)
+    console.print(Text("report: ") + name_text(page, "bold"), soft_wrap=True)
 
 
 def compare(
@@ -56,7 +56,7 @@ def compare(
     if as_json:
         print_json(compared)
     elif as_csv:
-        print(compared.to_csv(index=False), end="")
+        print(printable(compared.to_csv(index=False)), end="")
     else:
         for table in _compared_tables(compared, per_token):
             console.print(table)
@@ -73,8 +73,7 @@ def _check_observed(logs: RunLogs) -> None:
         if not steps:
             raise ValueError(f"{name} has no observation yet: {log.path}")
         if len(steps) == 1:
-            note = f"{name} has one observation, of step {steps[0]}: its changes are 0 for want of a second"
-            errors.print(Text.assemble(("warning: ", "yellow"), note), soft_wrap=True)
+            warn(f"{name} has one observation, of step {steps[0]}: its changes are 0 for want of a second")
 
 
 def _only_one(as_json: bool, as_csv: bool) -> None:
@@ -92,19 +91,21 @@ def _compared_tables(compared: pd.DataFrame, per_token: bool) -> Iterator[Table 
     unit, digits = ("token", 2) if per_token else ("response", 1)
     names = list(dict.fromkeys(compared["run"]))
     changes = Table(title=f"Change of log-prob, nats per {unit}, first to last observation")
-    title = Text(f"Minus {names[0]}", style="table.title")  # a name is no markup
-    gaps = Table(title=title, caption=f"nats per {unit}, paired by probe; 95% intervals over prompts")
+    gaps = Table(
+        title=Text("Minus ", "table.title") + name_text(names[0]),
+        caption=f"nats per {unit}, paired by probe (n: how many); 95% intervals over prompts",
+    )
     changes.add_column("family", style="bold", no_wrap=True)
     gaps.add_column("family", style="bold", no_wrap=True)
     paired = [name for name in names[1:] if compared.loc[compared["run"] == name, "n_paired"].any()]
     for table, columns in ((changes, names), (gaps, paired)):
         for name in columns:
-            table.add_column(Text(name), justify="right")
+            table.add_column(name_text(name), justify="right")
     for family, rows in compared.groupby("family", sort=False):
         by_run = rows.set_index("run")
         moved = by_run["delta_per_token" if per_token else "delta"]
-        changes.add_row(str(family), *(_signed(moved.get(name), digits) for name in names))
-        gaps.add_row(str(family), *(_gap(by_run, name, digits) for name in paired))
+        changes.add_row(name_text(family), *(_signed(moved.get(name), digits) for name in names))
+        gaps.add_row(name_text(family), *(_gap(by_run, name, digits) for name in paired))
     yield changes
     if paired:
         yield gaps
@@ -117,8 +118,8 @@ def _gap(by_run: pd.DataFrame, name: str, digits: int) -> Text:
     if name not in by_run.index:
         return Text("–")
     gap, low, high = (float(by_run[column][name]) for column in ("difference", "difference_low", "difference_high"))
-    text = _signed(gap, digits)
-    return text if low != low else Text.assemble(text, f" [{low:+.{digits}f}, {high:+.{digits}f}]")
+    interval = "" if low != low else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return Text.assemble(_signed(gap, digits), interval, (f" n={int(by_run['n_paired'][name])}", "dim"))
 
 
 def _shared_note(compared: pd.DataFrame, paired: list[str]) -> str | None:

@@ -21,7 +21,7 @@ def choose_parameters(model: nn.Module, choice: ParameterChoice) -> dict[str, nn
 
     Raises:
         ValueError: For unknown names, or where nothing is chosen.
-        NotImplementedError: For parameters that are sharded, not loaded, or not floating-point numbers.
+        NotImplementedError: For parameters that are sharded, or not floating-point numbers.
     """
     if isinstance(choice, str):
         raise ValueError(f"parameters is the text {choice!r}; give a list of names, or a predicate")
@@ -58,8 +58,6 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
             f"{name} is {parameter.dtype}, a quantised weight, and has no gradient. Choose the adapters alone, or load "
             "the model without quantisation."
         )
-    if parameter.device.type == "meta":
-        raise NotImplementedError(f"{name} is on the meta device, so not loaded (offloaded?); load the whole model")
 
 
 @dataclass(frozen=True)

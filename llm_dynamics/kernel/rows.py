@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llm_dynamics.likelihood.packing import TokenizedResponse
+from llm_dynamics.likelihood.packing import TokenizedResponse, check_responses
 
 Spans = Sequence[Sequence[tuple[int, int]]]
 """For each response, half-open spans (start, stop) of its response tokens; each is one row."""
@@ -94,9 +94,11 @@ def select_rows(
         The rows of each response, and the index of all rows.
 
     Raises:
+        TypeError: Where `responses` are no tokenised responses.
         ValueError: For no responses, empty ones, ids outside the vocabulary, spans outside the response, or a wrong
             number of coefficients.
     """
+    check_responses(responses, side)
     if not len(responses):
         raise ValueError(f"{side} is empty: there is nothing to take a kernel of")
     if isinstance(choice, str) and choice not in ("tokens", "responses"):

@@ -134,9 +134,16 @@ def split_model(model: nn.Module) -> SplitModel:
         at a time, which is slower and right.
 
     Raises:
-        NotImplementedError: For encoder-decoder models, prompt-learning adapters, and models without an LM head.
+        NotImplementedError: For encoder-decoder models, prompt-learning adapters, models without an LM head, and those
+            whose weights are not loaded.
     """
     base = unwrap_model(model)
+    empty = next((name for name, weight in base.named_parameters() if weight.device.type == "meta"), None)
+    if empty is not None:
+        raise NotImplementedError(
+            f"{type(base).__name__} is not loaded: {empty} is on the meta device (built without its weights, or "
+            "offloaded to disk). Load the whole model."
+        )
     config = getattr(base, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise NotImplementedError(f"{type(base).__name__} is an encoder-decoder model; only causal LMs are scored")

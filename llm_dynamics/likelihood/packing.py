@@ -29,6 +29,20 @@ class TokenizedResponse(Protocol):
         """Token ids of the response; at least one."""
 
 
+def check_responses(responses: object, name: str) -> None:
+    """Check that an argument is a sequence of tokenised responses.
+
+    Raises:
+        TypeError: Where it is not, naming it.
+    """
+    wanted = "give a sequence of tokenised responses, such as `encode_probes` returns"
+    if isinstance(responses, str | bytes) or not isinstance(responses, Sequence):
+        raise TypeError(f"{name} is a {type(responses).__name__}; {wanted}")
+    for index, response in enumerate(responses):
+        if not (hasattr(response, "prompt_ids") and hasattr(response, "response_ids")):
+            raise TypeError(f"{name}[{index}] is a {type(response).__name__}; {wanted}")
+
+
 @dataclass(frozen=True)
 class TokenRows:
     """B rows of T tokens, each a prompt followed by one or more responses to it, padded on either side.

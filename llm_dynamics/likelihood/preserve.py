@@ -92,7 +92,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     Yields:
         None.
+
+    Raises:
+        TypeError: Where `model` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; give the loaded model (AutoModelForCausalLM)")
     flags = [(module, module.training) for module in model.modules()]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     devices = [device] if device.type == "cuda" else []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llm_dynamics.likelihood.forwards import DEFAULT_BATCH_TOKENS as DEFAULT_BATCH_TOKENS
 from llm_dynamics.likelihood.forwards import Autocast, plan, response_states, run_idle, sees_own_rope
 from llm_dynamics.likelihood.head import SplitModel, split_model
-from llm_dynamics.likelihood.packing import TokenizedResponse
+from llm_dynamics.likelihood.packing import TokenizedResponse, check_responses
 from llm_dynamics.likelihood.preserve import evaluating, keeping_rope, keeping_trainable
 from llm_dynamics.likelihood.sharded import gathered, is_sharded
 from llm_dynamics.likelihood.squeezing import SqueezingStats, squeezing_stats
@@ -128,6 +128,7 @@ def score_responses(
     Raises:
         ValueError: For no responses, an empty prompt or response, a token id outside the vocabulary, or arguments out
             of range.
+        TypeError: Where `model` is no module or `responses` are no tokenised responses.
         NotImplementedError: For models that cannot be scored, see `split_model`.
 
     Example:
@@ -233,8 +234,8 @@ def _score(
     starts = [0, *accumulate(lengths)]
     scored: list[list[Tensor]] = []
     places: list[int] = []
-    sharded = is_sharded(model)
     with evaluating(model):
+        sharded = is_sharded(model)
         with (autocast or nullcontext)():
             split = split or split_model(model)
         _check_ids(responses, split.vocab_size)
@@ -261,6 +262,7 @@ def _score(
 
 
 def _check(responses: Sequence[TokenizedResponse], batch_tokens: int, chunk: int, padding_side: str) -> None:
+    check_responses(responses, "responses")
     if len(responses) == 0:
         raise ValueError("there is nothing to score: no responses given")
     if batch_tokens < 1 or chunk < 1:

@@ -140,8 +140,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
             errors.append(error)
     code = f" Where you trust its Python code, {_TRUST}." if "trust_remote_code" in str(errors[0]) else ""
     raise ValueError(
-        f"no tokenizer at {name!r} (a folder, or a model id on the hub): {errors[0]}.{code} Name another with "
-        "--tokenizer (in Python: `tokenizer=`)"
+        f"no tokenizer at {name!r} (a folder, or a model id on the hub): {errors[0]}.{code} Name another: --tokenizer"
     ) from errors[0]
 
 
