@@ -518,9 +518,9 @@ def test_names_and_paths_are_printed_as_they_stand(run, tmp_path, name):
         assert harmless(err)
         assert not any(line.startswith("error: all is lost") for line in (out + err).splitlines()) or "," in out
     assert [err for status, _, err in results if status and err.strip().count("\n")] == []
-    assert name.encode("unicode_escape").decode() in results[1][1] + results[1][2]
     if "\udc80" in name:
         return
+    assert name.encode("unicode_escape").decode() in results[1][1]
     _, out, _ = run("compare", f"{name}={tmp_path / 'a'}", "--json")
     assert harmless(out)
     assert {row["run"] for row in json.loads(out)} == {name}
