@@ -310,9 +310,7 @@ def test_adapters_are_loaded_with_their_base_and_trainable(model_folder, tmp_pat
     torch.testing.assert_close(load_checkpoint(str(merged))(ids).logits, loaded(ids).logits, rtol=1e-4, atol=1e-5)
     adapted(model_folder, "one", "two").save_pretrained(tmp_path / "named")
     assert load_checkpoint(str(tmp_path / "named" / "two"))
-    with pytest.raises(
-        ValueError, match=r"it holds adapters in folders of their own: give one .*/one"
-    ):
+    with pytest.raises(ValueError, match=r"it holds adapters in folders of their own: give one .*/one"):
         load_checkpoint(str(tmp_path / "named"))
 
 
