@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from llm_dynamics.callbacks.doubts import forms_of, other_form
 from llm_dynamics.callbacks.metrics import observation_metrics
 from llm_dynamics.likelihood import score_logps, score_responses, sequence_table, token_table
 from llm_dynamics.likelihood.scoring import DEFAULT_BATCH_TOKENS, ResponseScores
 from llm_dynamics.posthoc.loading import DTYPES, TRAINER, encoding_of, load_checkpoint, load_tokenizer, training_run
 from llm_dynamics.probes import ProbeSet, encode_probes, probe_table
+from llm_dynamics.probes.forms import forms, other_form
 from llm_dynamics.runlog import RunLog, RunLogWriter, load_run, schema
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def score_checkpoints(
     run = _run_of(checkpoints)
     processing_class = load_tokenizer(tokenizer or checkpoints[0], trust_remote_code=trust_remote_code)
     encoded = encode_probes(probes, processing_class, **({} if run is None else encoding_of(run)))
-    form = forms_of(None if run is None else (run.meta.get("forms") or {}).get("rows"), probes, processing_class)
+    form = forms(probes, processing_class, None if run is None else (run.meta.get("forms") or {}).get("rows"))
     if doubt := other_form(form):
         logger.warning("%s", doubt)
     table = probe_table(probes, encoded)

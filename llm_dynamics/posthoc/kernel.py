@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
@@ -12,12 +13,9 @@ from llm_dynamics.kernel import TokenKernel, token_kernel
 from llm_dynamics.kernel.exact import DEFAULT_MEMORY_MB
 from llm_dynamics.posthoc.loading import encoding_of, load_checkpoint, load_tokenizer, training_run
 from llm_dynamics.probes import Probe, encode_probes
-from llm_dynamics.probes.rows import Rows, as_records, preference_records, read_rows
+from llm_dynamics.probes.rows import Rows, read_rows
 
 logger = logging.getLogger(__name__)
-
-RESPONSES = ("response", "completion", "chosen")
-"""Columns that may hold the response of a row; the first that it has counts."""
 
 
 def kernel_of_files(
@@ -40,8 +38,7 @@ def kernel_of_files(
 
     Args:
         checkpoint: Folder or hub id of the model.
-        train: Rows with `prompt` (text or chat) and a response, in the first of `RESPONSES` that a row has; or `chosen`
-            and `rejected` that begin with the prompt. `tools` and `chat_template_kwargs` count as in training.
+        train: Rows in any form that TRL's trainers take (`read_rows`); of a pair, the chosen response counts.
         probes: The same.
         rows: One row and column per response, or per response token.
         tokenizer: Folder or hub id; None: the checkpoint's.
@@ -93,7 +90,7 @@ def kernel_of_files(
         }
     )
     if rows == "responses":
-        said = {name: [probe.response for probe in given] for name, given in texts.items()}
+        said = {name: {int(probe.probe_id): probe.response for probe in given} for name, given in texts.items()}
         long.insert(1, "probe_text", [said["probes"][i] for i in long["probe"]])
         long.insert(3, "train_text", [said["train"][i] for i in long["train"]])
     else:
@@ -110,28 +107,23 @@ def kernel_of_files(
 
 
 def _texts(rows: Rows, what: str) -> list[Probe]:
-    """Return the prompt and response of every row, as its trainer reads them.
+    """Return the prompt and response of every row, as its trainer reads them; odd rows are left out with a warning.
 
     Raises:
-        ValueError: For a row without a prompt or a response, or of a form that no trainer takes.
+        ValueError: Where no row has both.
     """
-    records = as_records(rows, what)
-    if "prompt" not in records[0] and {"chosen", "rejected"} <= records[0].keys():
-        records = preference_records(records, prompt="prompt", columns={}, what=what)  # taken out, as DPO does
-    pairs = []
-    for number, row in enumerate(records):
-        column = next((name for name in RESPONSES if row.get(name)), None)
-        if not row.get("prompt") or column is None:
-            raise ValueError(
-                f"{what}, row {number} has no prompt and response; seen: {', '.join(map(str, row)) or 'nothing'}. It "
-                f"needs `prompt` and one of {', '.join(f'`{name}`' for name in RESPONSES)}"
-            )
-        pairs.append({**row, "chosen": row[column]})
-    probes = []
-    for read in read_rows(pairs, prompt="prompt", columns={"chosen": "chosen"}, what=what):
-        text = read.first("chosen")
+    read = read_rows(rows, what=what)
+    probes, reasons = [], Counter(dropped.reason for dropped in read.dropped if dropped.family == "chosen")
+    for row in read.rows:
+        text = row.first("chosen") or (row.first("rejected") if read.form.label else None)
         if text is None:
-            raise ValueError(f"{what}, row {read.source_row}: the response is blank")
-        row_id = str(read.source_row)
-        probes.append(Probe(row_id, row_id, read.prompt, text, "chosen", template=read.template))
+            reasons["no response"] += 1
+            continue
+        number = str(row.source_row)
+        probes.append(Probe(number, number, row.prompt, text, "chosen", template=row.template))
+    listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
+    if not probes:
+        raise ValueError(f"{what}: no row has a prompt and a response: {listed}")
+    if listed:
+        logger.warning("%s: rows left out: %s", what, listed)
     return probes

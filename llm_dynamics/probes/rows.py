@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from llm_dynamics.likelihood.preserve import keeping_random_state
 from llm_dynamics.probes.families import TRAINED_FAMILIES, stable_hash
-from llm_dynamics.probes.forms import WHOLE, OddRow, RowForm, is_messages, plain, response_text
+from llm_dynamics.probes.forms import RESPONSES, WHOLE, OddRow, RowForm, is_messages, plain, response_text
 from llm_dynamics.probes.probe import DroppedProbe, Prompt, prompt_identity
 
 logger = logging.getLogger(__name__)
@@ -198,6 +198,11 @@ def read_rows(
     for family in families:
         for column in named.get(family, ["chosen"]):
             if column not in seen and not (given.get(family) and (family in single or family not in named)):
+                if family not in named:
+                    raise ValueError(
+                        f"{what}: no column with a response; seen: {', '.join(map(repr, _keys(records)))}. TRL calls it "
+                        f"one of {', '.join(RESPONSES)}; or give `messages`, `conversations` or `text`"
+                    )
                 raise ValueError(missing_column(column, records, what))
     if prompt not in seen and form.rejected and form.chosen in seen:
         logger.warning(

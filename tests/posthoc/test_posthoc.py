@@ -177,7 +177,7 @@ def test_explain_on_the_command_line(model_folder, tmp_path, monkeypatch, capsys
     probes.write_text('{"prompt": "Hello"}\n')
     status, _, err = run_cli(monkeypatch, capsys, "explain", model_folder, train, probes)
     assert status == 1
-    assert "probes, row 0 has no prompt and response; seen: prompt" in err
+    assert "probes: no column with a response; seen: 'prompt'" in err
 
 
 # ---- as the run saw it -----------------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def test_a_line_that_is_no_object_is_named(tmp_path, line):
         ({"prompt": []}, "the prompt is an empty list"),
         ({"prompt": 3}, "the prompt is a int"),
         ({"prompt": None, "chosen": [], "rejected": []}, "no prompt|empty"),
-        ({"tools": [{"name": "f"}]}, "the row has 'tools'"),
+        ({"tools": "[broken"}, "column 'tools': not valid JSON"),
         ({"chosen": [says("a"), user("b"), says("c")]}, "3 messages"),
         ({"chosen": [user("a")]}, "the message's role is 'user'"),
         ({"chosen": [says("a", tool_calls=[{"x": 1}])]}, "tool_calls"),
