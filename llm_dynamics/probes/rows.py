@@ -200,8 +200,8 @@ def read_rows(
             if column not in seen and not (given.get(family) and (family in single or family not in named)):
                 if family not in named:
                     raise ValueError(
-                        f"{what}: no column with a response; seen: {', '.join(map(repr, _keys(records)))}. TRL calls it "
-                        f"one of {', '.join(RESPONSES)}; or give `messages`, `conversations` or `text`"
+                        f"{what}: no column with a response; seen: {', '.join(map(repr, _keys(records)))}. It is "
+                        f"called one of {', '.join(RESPONSES)}; or give `messages`, `conversations` or `text`"
                     )
                 raise ValueError(missing_column(column, records, what))
     if prompt not in seen and form.rejected and form.chosen in seen:
