@@ -363,7 +363,7 @@ def test_compare_shows_changes_and_the_paired_difference_to_the_first_run(run, t
     assert status == 0
     assert fits(out)
     changes, gaps = out.split("Minus lr=1e-4")
-    cells = [re.findall(r"[-+]\d+\.\d", line) for line in changes.splitlines() if "chosen" in line]
+    cells = [re.findall(r"[-+]\d+\.\d", line) for line in changes.splitlines() if " chosen " in line]
     assert cells == [["-2.0", "-2.0", "-1.0"]]
     cells = [re.findall(r"[-+]\d+\.\d", line) for line in gaps.splitlines() if "rejected" in line]
     assert cells == [["+0.0", "+10.0"]]  # a single prompt: no interval

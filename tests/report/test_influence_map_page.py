@@ -5,6 +5,7 @@ from html import unescape
 
 import pytest
 
+from llm_dynamics.frames.numbers import nats
 from llm_dynamics.report import influence_map, influence_map_data, write_report
 from llm_dynamics.report.influence_map import influence_maps
 from llm_dynamics.runlog import load_runs
@@ -141,7 +142,7 @@ def test_the_training_response_is_shown_in_its_sentence_with_role_prompt_and_ste
     assert browser.js(f"{sentence}.map((one) => one.textContent).join('')") == "".join(one.told["token"])
     assert text(browser, ".map-token .sentence-head").startswith("step 6 · rejected response to How long should I boil")
     words = text(browser, ".map-words")
-    assert f"most in step 6: {one.total:+.2f} nats".replace("-", "−") in words
+    assert f"most in step 6: {nats(one.total, sign=True)} nats".replace("-", "−") in words
     assert "the step’s 5 other training responses: " in words
 
 

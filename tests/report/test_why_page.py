@@ -74,7 +74,7 @@ def test_every_bar_has_its_label_and_number_in_the_table(path):
 
 def test_it_is_said_how_much_was_explained(path):
     text = path.read_text("utf-8")
-    assert "All 24 optimizer steps were explained. The account explains 99.9984 % of the measured change" in text
+    assert "All 24 optimizer steps were explained. The account explains 99.9984% of the measured change" in text
     assert re.search(r"chosen fell [\d.]+ nats over 24 explained steps: rejected tokens pushed it down by", text)
 
 
@@ -176,7 +176,7 @@ def test_the_explained_share_is_drawn_by_step_against_its_line(browser, path):
     low, high = browser.js(f"{curve}.layout.yaxis.range")
     assert low > -1 > high  # the line is in sight
     words = browser.js("document.querySelector('.why-explained-box figcaption').textContent")
-    assert "dashed line is 0.9. No step is below 0.9; the lowest is 0.99998." in words
+    assert "dashed line is 90%. No step is below 90%; the lowest is 99.998%." in words
 
 
 def test_causes_can_be_added_up_over_steps(browser, path):
