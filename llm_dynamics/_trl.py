@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,7 @@ from trl import GRPOTrainer, RLOOTrainer
 from trl.models.utils import disable_gradient_checkpointing as disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from llm_dynamics.likelihood.preserve import keeping_trainable
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from llm_dynamics.likelihood.preserve import adapter_off, has_adapter, keeping_trainable
 
 
 @contextmanager
@@ -140,25 +137,56 @@ def prompts_are_made_elsewhere(trainer: Trainer) -> str | None:
     return "a rollout_func, which renders prompts itself" if getattr(trainer, "rollout_func", None) else None
 
 
-def reference_model(trainer: Trainer) -> Any:
-    """Return the frozen reference model that a trainer carries (DPO, KTO, GRPO with beta > 0), or None."""
-    return getattr(trainer, "ref_model", None)
+MODEL, SYNCHRONISED = "reference model", "reference model, synchronised"
+ADAPTER_OFF, ADAPTER_COPY = "adapter off", "adapter as it was given"
+
+
+def loss_has_reference(trainer: Trainer) -> bool:
+    """Tell whether the trainer's loss compares the policy with a reference (DPO, KTO, GRPO with beta > 0)."""
+    return hasattr(trainer, "ref_model") and getattr(trainer.args, "beta", 1.0) != 0
+
+
+def reference_source(trainer: Trainer) -> str:
+    """Tell what the reference of a trainer is.
+
+    Args:
+        trainer: Any trainer.
+
+    Returns:
+        "reference model" (a frozen one that the trainer carries), "reference model, synchronised" (it follows the
+        policy), "step 0" (its log-probs were computed before training, and it was not kept), "adapter as it was given"
+        (TRL keeps a copy of a trained adapter under the name "ref"), "adapter off", or "none".
+    """
+    model: Any = trainer.model
+    if getattr(trainer, "ref_model", None) is not None:
+        return SYNCHRONISED if getattr(trainer.args, "sync_ref_model", False) else MODEL
+    if getattr(trainer.args, "precompute_ref_log_probs", False) and not hasattr(model, "disable_adapter"):
+        return "step 0"
+    if not has_adapter(model):
+        return "none"
+    return ADAPTER_COPY if "ref" in model.peft_config else ADAPTER_OFF
 
 
 @contextmanager
-def reference_adapter(model: PeftModel) -> Iterator[None]:
-    """Make a PEFT model its own reference, and leave no trace.
-
-    TRL keeps a copy of a pre-trained adapter under the name "ref" and otherwise turns the adapter off.
+def reference(trainer: Trainer) -> Iterator[Any]:
+    """Make the trainer's reference at hand, and leave no trace.
 
     Args:
-        model: The PEFT model.
+        trainer: A trainer whose reference is a model, or its own model with other adapters.
 
     Yields:
-        None.
+        The model, which is the reference while the context is open.
     """
-    with keeping_trainable(model), use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
-        yield
+    model: Any = trainer.model
+    source = reference_source(trainer)
+    if source in (MODEL, SYNCHRONISED):
+        yield trainer.ref_model  # type: ignore[attr-defined]
+    elif source == ADAPTER_COPY:
+        with keeping_trainable(model), use_adapter(model, adapter_name="ref"):
+            yield model
+    else:
+        with adapter_off(model):
+            yield model
 
 
 @contextmanager

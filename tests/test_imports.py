@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 TOUCHPOINTS = "_trl.py"
 # What a part may import of this package, besides itself.
 ALLOWED = {
-    "probes": {"likelihood"},
+    "probes": {"options", "likelihood"},
     "likelihood": set(),
     "kernel": {"likelihood"},
     "runlog": set(),
@@ -26,6 +26,7 @@ ALLOWED = {
     "report": {"runlog", "frames", "rules"},
     "callbacks": {
         "_trl",
+        "options",
         "probes",
         "likelihood",
         "kernel",
@@ -38,9 +39,21 @@ ALLOWED = {
     },
     "cli": {"probes", "likelihood", "kernel", "frames", "rules", "report", "runlog", "posthoc", "demo"},
     "posthoc": {"probes", "likelihood", "kernel", "runlog", "callbacks"},
-    "trainers": {"_trl", "probes", "likelihood", "kernel", "influence", "rollouts", "runlog", "report", "callbacks"},
+    "trainers": {
+        "_trl",
+        "options",
+        "probes",
+        "likelihood",
+        "kernel",
+        "influence",
+        "rollouts",
+        "runlog",
+        "report",
+        "callbacks",
+    },
     "_trl": set(),
     "data": set(),
+    "options": set(),
 }
 MODEL_LIBRARIES = {"torch", "transformers", "trl", "peft", "accelerate", "datasets"}
 PRIVATE_MODULES = {"transformers.trainer", "transformers.modeling_utils", "peft.tuners.tuners_utils"}

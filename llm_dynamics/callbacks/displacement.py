@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -27,6 +27,7 @@ from llm_dynamics.likelihood import (
     split_model,
 )
 from llm_dynamics.likelihood.preserve import evaluating
+from llm_dynamics.options import Amount, Count, check_options
 from llm_dynamics.rollouts import Groups, loss_rows
 
 DEFAULT_EVERY = 10
@@ -35,6 +36,27 @@ _COLUMNS = [
     *("order", "example", "question", "prompt", "completion"),
     *("n_tokens", "success_rate", "counted", "logp_before"),
 ]
+
+
+@dataclass(frozen=True)
+class DisplacementOptions:
+    """Options of `DisplacementCallback`.
+
+    Attributes:
+        every: Optimizer steps between measured ones.
+        correct_from: Reward, weighted and summed over the reward functions, from which on a response is correct.
+        eps: Nats below which a question's Delta counts as lazy.
+
+    Raises:
+        ValueError: For a value that is not allowed; the message names the field and what is.
+    """
+
+    every: Count = DEFAULT_EVERY
+    correct_from: float = CORRECT_FROM
+    eps: Amount = 0.0
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 class DisplacementCallback(TrainerCallback):
@@ -55,8 +77,7 @@ class DisplacementCallback(TrainerCallback):
     Args:
         trainer: A `GRPOTrainer` or `RLOOTrainer`, or any built on them.
         every: Optimizer steps between measured ones.
-        correct_from: Reward, weighted and summed over the reward functions, from which on a response is correct.
-        eps: Nats below which a question's Delta counts as lazy.
+        **options: Further fields of `DisplacementOptions`: correct_from, eps.
 
     Raises:
         TypeError: For other trainers.
@@ -71,29 +92,20 @@ class DisplacementCallback(TrainerCallback):
         self,
         trainer: GRPOTrainer | RLOOTrainer,
         every: int = DEFAULT_EVERY,
-        *,
-        correct_from: float = CORRECT_FROM,
-        eps: float = 0.0,
+        **options: Any,
     ) -> None:
         if not isinstance(trainer, GRPOTrainer | RLOOTrainer):
             raise TypeError(
                 f"trainer must be a GRPOTrainer or RLOOTrainer, which roll out; seen {type(trainer).__name__}"
             )
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every is {every!r}; measure every 1, 2, ... optimizer steps")
-        if not eps >= 0:
-            raise ValueError(f"eps is {eps}; give nats from 0")
-        if not math.isfinite(correct_from):
-            raise ValueError(f"correct_from is {correct_from}; give a finite number")
+        chosen = DisplacementOptions(every, **options)
         if any(isinstance(other, DisplacementCallback) for other in trainer.callback_handler.callbacks):
             raise ValueError(
                 "the trainer has a DisplacementCallback already, whose metrics and table these would replace"
             )
         refuse_unscorable(trainer)
         self.trainer = trainer
-        self.every = every
-        self.correct_from = correct_from
-        self.eps = eps
+        self.every, self.correct_from, self.eps = chosen.every, chosen.correct_from, chosen.eps
         self._open = ExitStack()
         self._rollouts: list[_trl.Rollout] = []
         self._taken: list[tuple[_trl.Rollout, Tensor]] = []  # the micro-batches of the step, not yet scored

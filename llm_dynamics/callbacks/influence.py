@@ -272,7 +272,7 @@ class InfluenceCallback(TrainerCallback):
             order=mine,
             encoded=[watcher.encoded[i] for i in mine],
             counts={family: int(counts[family]) for family in families if family in counts},
-            batch_tokens=watcher.batch_tokens,
+            batch_tokens=watcher.options.batch_tokens,
         )
         with keeping_rope(model), _trl.outside_autocast(model):
             probes = account_of_probes(step, self.settings.detail)

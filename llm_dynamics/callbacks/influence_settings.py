@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 
 from llm_dynamics.callbacks.influence_maps import AUTO, pick_map_probes
 from llm_dynamics.callbacks.probe_account import DETAILS
 from llm_dynamics.influence import RULES
-from llm_dynamics.influence.tape import Labelling
+from llm_dynamics.options import Count, Limit, check_options
 
 DEFAULT_TARGETS = ("chosen", "rejected")
 
@@ -46,30 +46,19 @@ class InfluenceSettings:
         ValueError: For a value that is not allowed; the message says which are.
     """
 
-    every: int = 100
-    rule: str = "midpoint"
-    detail: str = "family"
+    every: Count = 100
+    rule: Annotated[str, Limit(choices=RULES)] = "midpoint"
+    detail: Annotated[str, Limit(choices=DETAILS)] = "family"
     families: Sequence[str] | None = None
     training_tokens: Sequence[str] | None = None
-    tokens_every: int = 1
-    map_probes: Sequence[str] | int = ()
-    split_by: str | Labelling = "sign"
-    history: str = "total"
+    tokens_every: Count = 1
+    map_probes: Annotated[Sequence[str] | int | str, Limit(least=0, choices=(AUTO,))] = ()
+    split_by: Annotated[str | Callable[..., Any], Limit(choices=("sign", "role"))] = "sign"
+    history: Annotated[str, Limit(choices=("total", "split"))] = "total"
     compare_gradient: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("every", "tokens_every"):
-            number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} is {number!r}; allowed: 1, 2, ...")
-        maps = self.map_probes
-        if isinstance(maps, bool | str | int) and maps != AUTO and (isinstance(maps, bool | str) or maps < 0):
-            raise ValueError(f'map_probes is {maps!r}; allowed: a list of probe ids, a number from 0, or "{AUTO}"')
-        _check_choice("rule", self.rule, RULES)
-        _check_choice("detail", self.detail, DETAILS)
-        _check_choice("history", self.history, ("total", "split"))
-        if isinstance(self.split_by, str):
-            _check_choice("split_by", self.split_by, ("sign", "role"))
+        check_options(self)
 
     def of_probes(self, probes: pd.DataFrame) -> InfluenceSettings:
         """Return the settings with families and targets filled in for a probe set.
@@ -118,8 +107,3 @@ class InfluenceSettings:
     def tells_tokens(self, step: int) -> bool:
         """Tell whether training tokens are told apart at the explained step `step`."""
         return step == 1 or self.tokens_every == 1 or step % (self.every * self.tokens_every) == 0
-
-
-def _check_choice(name: str, value: str, allowed: Collection[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")

@@ -13,6 +13,7 @@ from transformers import TrainerState
 from llm_dynamics.callbacks.doubts import form_of_rows
 from llm_dynamics.callbacks.roles import trained_on
 from llm_dynamics.likelihood.head import unwrap_model
+from llm_dynamics.likelihood.preserve import active_adapters, has_adapter
 from llm_dynamics.probes.forms import forms
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def describe_run(callback: ProbeCallback, state: TrainerState) -> dict[str, Any]
         "trained_on": trained_on(trainer),
         "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
         "model_class": type(model).__name__,
-        "adapter": type(wrapped).__name__ if wrapped is not model else None,
+        "adapter": _adapter(wrapped, model),
         "adapter_config": _adapter_config(wrapped),
         "n_parameters": sum(p.numel() for p in parameters),
         "n_trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
@@ -55,9 +56,9 @@ def describe_run(callback: ProbeCallback, state: TrainerState) -> dict[str, Any]
         "max_steps": state.max_steps,
         "arguments": {name: _plain(getattr(args, name)) for name in ARGUMENTS if hasattr(args, name)},
         "every": callback.every,
-        "max_overhead": callback.max_overhead,
-        "squeeze_strength": callback.squeeze_strength,
-        "reference": callback.reference,
+        "max_overhead": callback.options.max_overhead,
+        "squeeze_strength": callback.options.squeeze_strength,
+        "reference": callback.reference.source,
         "truncation": {"max_length": callback.truncation.max_length, "mode": callback.truncation.mode},
         "forms": forms(callback.probes, tokenizer, form_of_rows(trainer)),
         "rendering": _plain(callback.rendering),
@@ -74,11 +75,18 @@ def describe_run(callback: ProbeCallback, state: TrainerState) -> dict[str, Any]
     }
 
 
+def _adapter(wrapped: Any, model: Any) -> str | None:
+    """Return what holds the adapters: the class of the PEFT model, or transformers, which put them into the model."""
+    if wrapped is not model:
+        return type(wrapped).__name__
+    return "transformers" if has_adapter(wrapped) else None
+
+
 def _adapter_config(model: Any) -> dict[str, Any] | None:
-    """Return what the active PEFT adapter was configured with: its non-empty settings."""
-    if not hasattr(model, "peft_config"):
+    """Return what the (first) active adapter was configured with: its non-empty settings."""
+    if not has_adapter(model):
         return None
-    settings = model.peft_config[model.active_adapter].to_dict()
+    settings = model.peft_config[active_adapters(model)[0]].to_dict()
     return {
         name: sorted(map(str, value)) if isinstance(value, set) else _plain(value)
         for name, value in settings.items()

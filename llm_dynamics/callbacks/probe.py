@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from llm_dynamics import _trl
 from llm_dynamics.callbacks.doubts import warn_of_finished_training, warn_of_other_form
 from llm_dynamics.callbacks.metadata import describe_run
 from llm_dynamics.callbacks.metrics import finite_only, observation_metrics
+from llm_dynamics.callbacks.probe_options import ProbeOptions
 from llm_dynamics.callbacks.recorder import Recorder
+from llm_dynamics.callbacks.reference import Reference
 from llm_dynamics.callbacks.refusals import refuse_unscorable
 from llm_dynamics.callbacks.schedule import Clock
 from llm_dynamics.callbacks.sharding import broadcast, gather_frames, share_of
@@ -26,14 +28,13 @@ from llm_dynamics.likelihood import (
     count_forwards,
     idle_forwards,
     is_sharded,
-    score_logps,
     score_responses,
     sequence_table,
     split_model,
     token_table,
 )
-from llm_dynamics.likelihood.preserve import evaluating
-from llm_dynamics.likelihood.scoring import DEFAULT_BATCH_TOKENS, ResponseScores
+from llm_dynamics.likelihood.preserve import evaluating, keeping_random
+from llm_dynamics.likelihood.scoring import ResponseScores
 from llm_dynamics.probes import ProbeSet, TruncationRule, encode_probes, probe_table
 from llm_dynamics.runlog import schema
 
@@ -56,17 +57,8 @@ class ProbeCallback(TrainerCallback):
         trainer: The trainer to watch; its model, `processing_class`, truncation and `output_dir` are used.
         probes: What to watch.
         every: Optimizer steps between observations.
-        tokens: Keep token statistics in the run log, within `token_budget_mb`.
-        max_overhead: Most seconds of watching per second of training, such as 0.1; an observation that would exceed it
-            is left out, with a word in the log. The first and the last always take place. None: no limit.
-        token_budget_mb: Megabytes that the token tables of the run may take. Where all probes do not fit, those of a
-            seeded sample of prompts keep their tokens (`meta.json`: `token_probes`).
-        squeeze_strength: e of the negative step in the squeezing statistics.
-        reference: "auto" adds reference log-probs under the trainer's own reference (a PEFT model's adapter off, or
-            `trainer.ref_model`), "none" leaves them out.
-        batch_tokens: Most tokens in one forward.
-        log_folder: Run-log folder; None: `<output_dir>/dynamics`.
-        seed: Seed of the sample of `token_budget_mb`.
+        **options: Further fields of `ProbeOptions`: tokens, max_overhead, token_budget_mb, squeeze_strength, reference,
+            batch_tokens, log_folder, seed.
 
     Raises:
         TypeError: Where `trainer` is not a trainer or `probes` not a `ProbeSet`.
@@ -77,72 +69,53 @@ class ProbeCallback(TrainerCallback):
         >>> trainer.add_callback(ProbeCallback(trainer, probes, every=25))  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        probes: ProbeSet,
-        every: int = 25,
-        *,
-        tokens: bool = True,
-        max_overhead: float | None = None,
-        token_budget_mb: float = 200.0,
-        squeeze_strength: float = 1.0,
-        reference: str = "auto",
-        batch_tokens: int = DEFAULT_BATCH_TOKENS,
-        log_folder: str | Path | None = None,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, trainer: Trainer, probes: ProbeSet, every: int = 25, **options: Any) -> None:
+        self.options = ProbeOptions(every, **options)
         if not isinstance(trainer, Trainer):
             raise TypeError(f"trainer must be a transformers or TRL trainer; seen {type(trainer).__name__}")
         if not isinstance(probes, ProbeSet):
             raise TypeError(f"probes must be a ProbeSet (see ProbeSet.from_preference_dataset); seen {type(probes)}")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every is {every!r}; observe every 1, 2, ... optimizer steps")
-        if max_overhead is not None and not max_overhead > 0:
-            raise ValueError(f"max_overhead is {max_overhead}; give a positive share such as 0.1, or None for no limit")
-        if token_budget_mb < 0 or not squeeze_strength > 0:
-            raise ValueError(
-                f"token_budget_mb must be >= 0 and squeeze_strength > 0; seen {token_budget_mb}, {squeeze_strength}"
-            )
-        if reference not in ("auto", "none"):
-            raise ValueError(f'reference is {reference!r}; allowed: "auto", "none"')
         refuse_unscorable(trainer)
         self.trainer = trainer
-        self.every = every
-        self.max_overhead = max_overhead
-        self.squeeze_strength = squeeze_strength
-        self.reference = reference
-        self.batch_tokens = batch_tokens
+        self.every = self.options.every
         self.clock = Clock()
-
+        self._autocast = trainer.accelerator.autocast if trainer.accelerator.mixed_precision != "no" else None
+        self.split = self._split_model()  # what cannot be scored is refused now, not hours into the run
+        limits = [getattr(trainer.args, "max_length", None), self.split.max_positions]
         self.truncation = TruncationRule(
-            getattr(trainer.args, "max_length", None), getattr(trainer.args, "truncation_mode", "keep_start")
+            min((limit for limit in limits if limit is not None), default=None),
+            getattr(trainer.args, "truncation_mode", "keep_start"),
         )
         tokenizer: Any = trainer.processing_class  # a processor, as of a vision model, is refused by encode_probes
         self._tokenizer = tokenizer
-        self.rendering = _trl.rendering(trainer)
-        self.encoded = encode_probes(probes, self._tokenizer, truncation=self.truncation, **self.rendering)
+        with keeping_random():  # a tokenizer may draw (BPE dropout), and so may what gives rows and tools
+            self.rendering = _trl.rendering(trainer)
+            self.encoded = encode_probes(
+                probes,
+                self._tokenizer,
+                truncation=self.truncation,
+                misfit=self.split.misfit,
+                **self.rendering,
+            )
+            warn_of_other_form(trainer, probes)
+        self.reference = Reference(trainer, self.options.reference)
         self.probes = probes
         self.table = probe_table(probes, self.encoded)
         self.share = share_of(self.encoded, trainer.args.process_index, trainer.args.world_size)
-        self._autocast = trainer.accelerator.autocast if trainer.accelerator.mixed_precision != "no" else None
-        self.split = self._split_model()  # what cannot be scored is refused now, not hours into the run
-        folder = Path(log_folder) if log_folder else Path(trainer.args.output_dir or ".") / schema.FOLDER
+        folder = Path(self.options.log_folder or Path(trainer.args.output_dir or ".") / schema.FOLDER)
         for other in trainer.callback_handler.callbacks:
             if isinstance(other, ProbeCallback) and other.log_folder.resolve() == folder.resolve():
                 raise ValueError(f"another ProbeCallback writes to {folder}: give this one its own log_folder=")
         self.recorder = Recorder(
             folder,
             self.table,
-            tokens=tokens,
-            token_budget_mb=token_budget_mb,
-            seed=seed,
+            tokens=self.options.tokens,
+            token_budget_mb=self.options.token_budget_mb,
+            seed=self.options.seed,
         )
         warn_of_finished_training(trainer)
-        warn_of_other_form(trainer, probes)
         self._token_probes: set[str] = set()
         self._start: dict[str, float] = {}
-        self._ref_logp: torch.Tensor | None = None
         self._observed: int | None = None
 
     @property
@@ -170,12 +143,15 @@ class ProbeCallback(TrainerCallback):
     ) -> None:
         """Open the run log, new or continued, and observe."""
         self.clock = Clock()
-        self._observed, self._ref_logp = None, None
+        self._observed = None
+        self.reference.begin()
         self.split = self._split_model()  # the trainer may have wrapped or changed the model since
         if state.is_world_process_zero:
             self.recorder.open(state, describe_run(self, state), every=self.every)
+            self.reference.resume(self.recorder.log)
         opened = (self.recorder.token_probes, self.recorder.start, self.recorder.log.steps()[-1:])
         self._token_probes, self._start, observed = broadcast(opened)
+        self.reference.source = broadcast(self.reference.source)
         if observed:
             self._observed = observed[0]  # a resumed run goes on where its log ends
         else:
@@ -213,11 +189,13 @@ class ProbeCallback(TrainerCallback):
     # ---- observing ----------------------------------------------------------------------------------------------
 
     def _affordable(self, state: TrainerState) -> bool:
-        if self.max_overhead is None:
+        if self.options.max_overhead is None:
             return True
-        affordable = bool(broadcast(self.clock.fits(self.max_overhead)))  # clocks differ: the main process decides
+        affordable = bool(
+            broadcast(self.clock.fits(self.options.max_overhead))
+        )  # clocks differ: the main process decides
         if not affordable and state.is_world_process_zero:
-            self.recorder.skip(state.global_step, self.max_overhead)
+            self.recorder.skip(state.global_step, self.options.max_overhead)
         return affordable
 
     def _observe(self, state: TrainerState, control: TrainerControl) -> None:
@@ -225,6 +203,8 @@ class ProbeCallback(TrainerCallback):
         first = self._observed is None
         self._observed = state.global_step
         sequences, tokens = self._score(state)
+        if state.is_world_process_zero:
+            self.reference.complete(state.global_step, self.recorder.log, sequences, tokens)
         if not self._start:
             self._start = dict(zip(sequences["probe_id"], sequences["logp_sum"], strict=True))
         metrics = observation_metrics(sequences, self._start)
@@ -261,8 +241,8 @@ class ProbeCallback(TrainerCallback):
                 scores = score_responses(
                     self._model,
                     share,
-                    batch_tokens=self.batch_tokens,
-                    squeeze_strength=self.squeeze_strength,
+                    batch_tokens=self.options.batch_tokens,
+                    squeeze_strength=self.options.squeeze_strength,
                     autocast=self._autocast,
                     split=self.split,
                     forwards=forwards,
@@ -281,35 +261,12 @@ class ProbeCallback(TrainerCallback):
             return None
         world = range(self.trainer.args.world_size)
         shares = [share_of(self.encoded, rank, len(world)) for rank in world]
-        return max(count_forwards(self.split, [self.encoded[i] for i in share], self.batch_tokens) for share in shares)
+        return max(
+            count_forwards(self.split, [self.encoded[i] for i in share], self.options.batch_tokens) for share in shares
+        )
 
     def _reference_logps(self, share: list[Any], forwards: int | None) -> torch.Tensor | None:
-        if self.reference == "none":
-            return None
-        changing = getattr(self.trainer.args, "sync_ref_model", False)
-        if self._ref_logp is None or changing:
-            context: AbstractContextManager[Any] = nullcontext()
-            model = _trl.reference_model(self.trainer)
-            if model is None:
-                if not hasattr(self._model, "disable_adapter"):
-                    return None
-                model, context = self._model, _trl.reference_adapter(self._model)
-            with context, evaluating(model):
-                with (self._autocast or nullcontext)():
-                    split = split_model(model)  # as often on every process
-                if share:
-                    self._ref_logp = score_logps(
-                        model,
-                        share,
-                        batch_tokens=self.batch_tokens,
-                        autocast=self._autocast,
-                        split=split,
-                        forwards=forwards,
-                    )
-                elif forwards:
-                    idle_forwards(model, split, forwards, self._autocast)
-                    self._ref_logp = torch.zeros(0)
-        return self._ref_logp
+        return self.reference.logps(share, forwards, batch_tokens=self.options.batch_tokens, autocast=self._autocast)
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of token ids, special tokens included."""

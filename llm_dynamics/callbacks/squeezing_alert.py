@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from llm_dynamics import _trl
 from llm_dynamics.callbacks.probe import watcher_of
 from llm_dynamics.callbacks.sharding import broadcast
+from llm_dynamics.options import Count, Limit, checked
 from llm_dynamics.rules import is_squeezing
 from llm_dynamics.runlog import load_run
 
@@ -50,13 +51,9 @@ class SqueezingAlert(TrainerCallback):
         watcher = watcher_of(trainer)
         if watcher is None:
             raise ValueError("the trainer is not watched: call watch(trainer, probes) before adding SqueezingAlert")
-        if stop_on not in (None, "squeezing"):
-            raise ValueError(f'stop_on is {stop_on!r}; allowed: "squeezing", None')
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise ValueError(f"patience is {patience!r}; give 1, 2, ... observations")
         self.watcher = watcher
-        self.stop_on = stop_on
-        self.patience = patience
+        self.stop_on = checked("stop_on", Annotated[str | None, Limit(choices=("squeezing",))], stop_on)
+        self.patience = checked("patience", Count, patience)
         self.found_at: int | None = None
         self._row = 0
         self._judged: int | None = None

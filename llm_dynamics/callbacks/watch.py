@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 
-from llm_dynamics.callbacks.displacement import DisplacementCallback
+from llm_dynamics.callbacks.displacement import DisplacementCallback, DisplacementOptions
 from llm_dynamics.callbacks.influence import InfluenceCallback
 from llm_dynamics.callbacks.influence_settings import InfluenceSettings
 from llm_dynamics.callbacks.model_card import describe_in_model_card
-from llm_dynamics.callbacks.options import refuse_unknown
 from llm_dynamics.callbacks.probe import ProbeCallback
+from llm_dynamics.callbacks.probe_options import ProbeOptions
 from llm_dynamics.callbacks.tracker_tables import TrackerTables
+from llm_dynamics.options import checked, refuse_unknown
 from llm_dynamics.probes import ProbeSet
 
 EXPLAINED_PER_OBSERVATIONS = 4
@@ -48,7 +49,7 @@ def watch(
         tracker_tables: Send each observation as tables, and the curves at the end, to the trackers of `report_to`
             (wandb, trackio, mlflow, TensorBoard); scalars go there in any case. Without such a tracker nothing is sent.
         model_card: Let the model cards that the trainer writes end with what moved and where the run log lies.
-        **options: Further arguments of `ProbeCallback`.
+        **options: Further fields of `ProbeOptions`.
 
     Returns:
         The callback, already added to the trainer; `load_run(callback.log_folder)` reads what it wrote.
@@ -63,7 +64,7 @@ def watch(
         >>> watch(trainer, ProbeSet.from_preference_dataset(dataset, n_prompts=50))  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """
-    _check_names(options, influence, displacement)
+    _check(options, influence, displacement, {"tracker_tables": tracker_tables, "model_card": model_card})
     if isinstance(probes, str | Path):
         probes = ProbeSet.load(probes)
     callback = ProbeCallback(trainer, probes, every, **options)
@@ -71,10 +72,10 @@ def watch(
     try:
         if displacement is not False:
             given = {} if displacement is True else dict(displacement)
-            measures = DisplacementCallback(trainer, **{"every": every, **given})  # type: ignore[arg-type]
+            measures = DisplacementCallback(trainer, **{"every": callback.every, **given})  # type: ignore[arg-type]
         if influence is not False:
             given = {} if influence is True else dict(influence)
-            settings = {"every": EXPLAINED_PER_OBSERVATIONS * every, **given}
+            settings = {"every": EXPLAINED_PER_OBSERVATIONS * callback.every, **given}
             trainer.add_callback(InfluenceCallback(trainer, probes, **settings))
         if displacement is not False:
             trainer.add_callback(measures)
@@ -88,13 +89,15 @@ def watch(
     return callback
 
 
-def _check_names(options: Mapping[str, Any], influence: bool | Mapping[str, Any], displacement: Any) -> None:
+def _check(options: Mapping[str, Any], influence: Any, displacement: Any, flags: Mapping[str, Any]) -> None:
+    """Check names and kinds of the arguments; their values are checked by the dataclasses that take them."""
     own = [*inspect.signature(watch).parameters][2:-1]  # after trainer and probes, without **options
-    passed_on = [name for name in inspect.signature(ProbeCallback).parameters if name not in ("trainer", "probes")]
-    refuse_unknown(options, dict.fromkeys([*own, *passed_on]), "watch()")
-    if isinstance(influence, Mapping):
-        fields = [field.name for field in dataclasses.fields(InfluenceSettings)]
-        refuse_unknown(influence, fields, "watch(influence={...})")
-    if isinstance(displacement, Mapping):
-        measured = [*inspect.signature(DisplacementCallback).parameters][1:]
-        refuse_unknown(displacement, measured, "watch(displacement={...})")
+    refuse_unknown(options, [*own, *(item.name for item in fields(ProbeOptions) if item.name not in own)], "watch()")
+    for name, flag in flags.items():
+        checked(name, bool, flag)
+    for name, given, taken in (
+        ("influence", influence, InfluenceSettings),
+        ("displacement", displacement, DisplacementOptions),
+    ):
+        if isinstance(checked(name, bool | Mapping[str, Any], given), Mapping):
+            refuse_unknown(given, [item.name for item in fields(taken)], f"watch({name}={{...}})")

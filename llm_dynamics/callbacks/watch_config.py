@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from llm_dynamics.callbacks.probe import ProbeCallback
+from llm_dynamics.callbacks.probe_options import ProbeOptions
 from llm_dynamics.callbacks.watch import watch
+from llm_dynamics.options import Amount, Count, Limit, Seed, Share, check_options, like
 from llm_dynamics.probes import FAMILIES, ProbeSet
 from llm_dynamics.probes.families import check_families
 from llm_dynamics.probes.forms import RowForm
@@ -16,6 +19,8 @@ from llm_dynamics.probes.rows import Rows, as_records
 
 logger = logging.getLogger(__name__)
 
+PASSED_ON = ("tokens", "token_budget_mb", "max_overhead", "log_folder", "seed")
+"""Fields of `ProbeOptions` that are flags under their name."""
 DEFAULT_FAMILIES = ("chosen", "rejected", "other_train", "ungrammatical")
 
 
@@ -57,11 +62,11 @@ class WatchConfig:
         default_factory=lambda: list(DEFAULT_FAMILIES),
         metadata={"help": f"Families of responses to build and watch: {', '.join(FAMILIES)}."},
     )
-    watch_prompts: int = field(
+    watch_prompts: Count = field(
         default=20,
         metadata={"help": "Most training prompts to watch, each with a response of every family."},
     )
-    watch_every: int = field(
+    watch_every: Annotated[int, Limit(least=0)] = field(
         default=25,
         metadata={"help": "Optimizer steps between observations; 0 turns watching off."},
     )
@@ -69,7 +74,7 @@ class WatchConfig:
         default=False,
         metadata={"help": "Also explain optimizer steps: which causes and which training tokens moved the probes."},
     )
-    watch_influence_every: int | None = field(
+    watch_influence_every: Annotated[int | None, Limit(least=1)] = field(
         default=None,
         metadata={"help": "Optimizer steps between explained ones; by default four times watch_every."},
     )
@@ -77,18 +82,9 @@ class WatchConfig:
         default=False,
         metadata={"help": "GRPO and RLOO: also measure what steps do to the correct responses they are taken on."},
     )
-    watch_tokens: bool = field(
-        default=True,
-        metadata={"help": "Keep the statistics of single response tokens in the run log."},
-    )
-    watch_token_budget_mb: float = field(
-        default=200.0,
-        metadata={"help": "Megabytes that the token tables of the run may take."},
-    )
-    watch_max_overhead: float | None = field(
-        default=None,
-        metadata={"help": "Most seconds of watching per second of training, such as 0.1; no limit by default."},
-    )
+    watch_tokens: bool = like(ProbeOptions, "tokens")
+    watch_token_budget_mb: Amount = like(ProbeOptions, "token_budget_mb")
+    watch_max_overhead: Share = like(ProbeOptions, "max_overhead")
     watch_tracker_tables: bool = field(
         default=True,
         metadata={"help": "Send tables and curves to trackers that take them (trackio, wandb, mlflow, tensorboard)."},
@@ -99,34 +95,22 @@ class WatchConfig:
             "help": "Add what moved to the model card that the trainer writes at each checkpoint and at its end."
         },
     )
-    watch_log_folder: str | None = field(
-        default=None,
-        metadata={"help": "Folder of the run log; by default the folder 'dynamics' in output_dir."},
-    )
-    watch_seed: int = field(
+    watch_log_folder: str | None = like(ProbeOptions, "log_folder")
+    watch_seed: Seed = field(
         default=0,
         metadata={"help": "Seed of the probes, and of the prompts whose token tables are kept."},
     )
 
     def __post_init__(self) -> None:
+        check_options(self)
         try:
             check_families(self.watch_families)
         except ValueError as error:
             raise ValueError(f"watch_families: {error}") from error
-        self._whole("watch_prompts", 1, "1, 2, ...")
-        self._whole("watch_every", 0, "0 (off), 1, 2, ...")
-        if self.watch_influence_every is not None:
-            self._whole("watch_influence_every", 1, "1, 2, ..., or None for four times watch_every")
-            if not self.watch_influence:
-                raise ValueError(
-                    f"watch_influence_every is {self.watch_influence_every} and watch_influence is False; set "
-                    "watch_influence to explain steps, or leave watch_influence_every out"
-                )
-        if not self.watch_token_budget_mb >= 0:
-            raise ValueError(f"watch_token_budget_mb is {self.watch_token_budget_mb!r}; allowed: megabytes from 0")
-        if self.watch_max_overhead is not None and not self.watch_max_overhead > 0:
+        if self.watch_influence_every is not None and not self.watch_influence:
             raise ValueError(
-                f"watch_max_overhead is {self.watch_max_overhead!r}; allowed: a positive share such as 0.1, or None"
+                f"watch_influence_every is {self.watch_influence_every} and watch_influence is False; set "
+                "watch_influence to explain steps, or leave watch_influence_every out"
             )
 
     def attach(
@@ -168,13 +152,9 @@ class WatchConfig:
             self.watch_every,
             influence={"every": every} if every is not None else self.watch_influence,
             displacement=self.watch_displacement,
-            tokens=self.watch_tokens,
-            token_budget_mb=self.watch_token_budget_mb,
-            max_overhead=self.watch_max_overhead,
             tracker_tables=self.watch_tracker_tables,
             model_card=self.watch_model_card,
-            log_folder=self.watch_log_folder,
-            seed=self.watch_seed,
+            **{name: getattr(self, f"watch_{name}") for name in PASSED_ON},
         )
 
     def build_probes(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, *, held_out: Rows | None = None) -> ProbeSet:
@@ -223,8 +203,3 @@ class WatchConfig:
             tokenizer=tokenizer,
             source={"kind": "training rows"},
         )
-
-    def _whole(self, name: str, least: int, allowed: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} is {value!r}; allowed: {allowed}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from llm_dynamics.likelihood.packing import SHARED_ROW_TOKENS, TokenRows, single_row
+from llm_dynamics.likelihood.preserve import active_adapters
 from llm_dynamics.likelihood.sharded import gathered, partitions_gathered
 
 logger = logging.getLogger(__name__)
 
 _HEAD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.01, torch.float16: 0.002}
+_CHECKED_LENGTH = 8
 _CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
@@ -38,6 +41,7 @@ class SplitModel:
         shares_prompts: Whether several responses can stand behind one copy of their prompt in a row, kept apart by a
             four-dimensional attention mask; checked on a row of the width in use.
         rope_limit: Longest sequence whose rotary frequencies do not depend on its length; None: all.
+        max_positions: Longest sequence that the model has positions for, where they come from a table; None: no end.
     """
 
     model: nn.Module
@@ -47,6 +51,7 @@ class SplitModel:
     takes_positions: bool
     shares_prompts: bool = False
     rope_limit: int | None = None
+    max_positions: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -59,6 +64,16 @@ class SplitModel:
         """V, the number of logits."""
         weight: Tensor = self.model.get_output_embeddings().weight  # type: ignore[operator]
         return int(getattr(weight, "ds_shape", weight.shape)[0])  # ZeRO-3 leaves an empty tensor in its place
+
+    def misfit(self, ids: Sequence[int]) -> str | None:
+        """Say why the model cannot read a sequence: ids that it does not have, or no positions; None where it can."""
+        weight: Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        known = min(self.vocab_size, int(getattr(weight, "ds_shape", weight.shape)[0]))
+        if not 0 <= min(ids) <= max(ids) < known:
+            return f"a token id is outside the model's vocabulary of {known}"
+        if self.max_positions is not None and len(ids) > self.max_positions:
+            return f"it is longer than the {self.max_positions} positions of the model"
+        return None
 
     def hidden_states(self, rows: TokenRows) -> Tensor:
         """Run the backbone on B rows of T tokens: the head's input (B, T, d)."""
@@ -110,7 +125,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
         elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-            config = model.peft_config[model.active_adapter]  # type: ignore[index]
+            config = model.peft_config[active_adapters(model)[0]]  # type: ignore[index]
             if getattr(config, "is_prompt_learning", False):
                 raise NotImplementedError(
                     f"{type(config).__name__} is a prompt-learning adapter: it prepends virtual tokens, which are not "
@@ -122,20 +137,20 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def split_model(model: nn.Module) -> SplitModel:
-    """Split a causal LM into backbone and head, and check the split on a short input.
+    """Split a causal LM into backbone and head, and check the split on a short input, given as plain token ids.
 
     Args:
         model: Any Hugging Face causal LM, with or without PEFT, DDP, `torch.compile` or TRL's fused head. It should be
             in evaluation mode and under `torch.no_grad()`; its mode is left alone.
 
     Returns:
-        The split. Where it does not reproduce the model's own logits (an architecture with an unknown
-        post-processing), `backbone` is None and a warning names the model: whole forwards are then used, one sequence
-        at a time, which is slower and right.
+        The split. Where it does not reproduce the logits of the plain forward (an architecture that post-processes
+        them, or numbers its positions otherwise), `backbone` is None and a warning names the model: whole forwards are
+        then used, one sequence at a time, which is slower and right.
 
     Raises:
-        NotImplementedError: For encoder-decoder models, prompt-learning adapters, models without an LM head, and those
-            whose weights are not loaded.
+        NotImplementedError: For encoder-decoder models, prompt-learning adapters, models without an LM head, those whose
+            weights are not loaded, and those whose logits see later tokens.
     """
     base = unwrap_model(model)
     empty = next((name for name, weight in base.named_parameters() if weight.device.type == "meta"), None)
@@ -158,18 +173,27 @@ def split_model(model: nn.Module) -> SplitModel:
     scale, softcap = _logit_rule(text_config)
     backbone = getattr(base, "base_model", None)
     takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
-    limit = _rope_limit(text_config)
-    split = SplitModel(base, None if backbone is base else backbone, scale, softcap, takes_positions, rope_limit=limit)
+    split = SplitModel(
+        base,
+        None if backbone is base else backbone,
+        scale,
+        softcap,
+        takes_positions,
+        rope_limit=_rope_limit(text_config),
+        max_positions=_end_of_positions(base, text_config),
+    )
     with partitions_gathered(base):
-        usable = split.backbone is not None and _reproduces_logits(split)
+        theirs = _plain_logits(split)  # first: FSDP2 takes the module that runs first for the outermost one
+        _refuse_if_seeing_ahead(split, theirs)
+        usable = split.backbone is not None and _reproduces(split, theirs)
         shares = usable and _keeps_responses_apart(split, text_config)
     if not usable:
         logger.warning(
-            "%s post-processes its logits in a way that llm_dynamics does not know: scoring runs its whole forward, "
-            "one sequence at a time (slower; the numbers are the model's own)",
+            "the logits of %s are not those of its backbone and its head at positions 0, 1, ...: scoring runs its "
+            "whole forward, one sequence at a time (slower; the numbers are the model's own)",
             type(base).__name__,
         )
-        return SplitModel(base, None, 1.0, None, takes_positions, rope_limit=limit)
+        return replace(split, backbone=None, scale=1.0, softcap=None, takes_positions=False)
     return replace(split, shares_prompts=shares)
 
 
@@ -199,18 +223,73 @@ def _rope_limit(config: Any) -> int | None:
     return None
 
 
-def _reproduces_logits(split: SplitModel) -> bool:
-    rows = single_row([i % split.vocab_size for i in range(1, 5)])  # any tokens do
-    theirs = split.logits(rows)[0]  # first: FSDP2 takes the module that runs first for the outermost one
+def _end_of_positions(model: nn.Module, config: Any) -> int | None:
+    """Return how many positions a model has in a table, beyond which its forward is an index error; None without one.
+
+    Such a table is a parameter or buffer of positions with a row for each of those that the config names, and maybe
+    some before the first. Tables that grow with the text (`make_weights`) and functions of the position have no end.
+    """
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+    stated = [given for name in names if isinstance(given := getattr(config, name, None), int)]
+    vocabulary = {id(embedding.weight) for embedding in _embeddings(model)}
+    ends = stated if getattr(config, "model_type", None) == "mpt" else []  # its slopes are laid out for so many
+    for name, module in model.named_modules():
+        tables = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for table_name, table in tables:
+            place = f"{name}.{table_name}".lower()
+            is_table = any(word in place for word in ("pos", "wpe")) and table.ndim == 2 and id(table) not in vocabulary
+            if not is_table or hasattr(module, "make_weights"):
+                continue
+            padding = getattr(module, "padding_idx", None)
+            first = int(getattr(module, "offset", 0 if padding is None else padding + 1))
+            rows = int(getattr(table, "ds_shape", table.shape)[0])
+            if {rows, rows - first} & set(stated):
+                ends.append(rows - first)
+    return min(ends, default=None)
+
+
+def _embeddings(model: Any) -> list[Any]:
+    return [model.get_input_embeddings(), model.get_output_embeddings()]
+
+
+def _plain_logits(split: SplitModel) -> Tensor:
+    """Return the logits (2, 8, V) of the model's own forward, given ids alone: two rows that begin alike."""
+    return split.model(input_ids=torch.tensor(_checked_rows(split), device=split.device), use_cache=False).logits
+
+
+def _checked_rows(split: SplitModel) -> tuple[list[int], list[int]]:
+    """Return two short rows of ids that differ in their second half; padding, which has no position, is left out."""
+    padding = getattr(split.model.config, "pad_token_id", None)
+    known = [i for i in range(split.vocab_size) if i != padding]
+    first = [known[(i + 1) % len(known)] for i in range(_CHECKED_LENGTH)]
+    second = [
+        known[(i + 1 + _CHECKED_LENGTH * (2 * i >= _CHECKED_LENGTH)) % len(known)] for i in range(_CHECKED_LENGTH)
+    ]
+    return first, second
+
+
+def _refuse_if_seeing_ahead(split: SplitModel, plain: Tensor) -> None:
+    early = plain[:, : _CHECKED_LENGTH // 2]
+    if not _agree(early[0], early[1], split):
+        raise NotImplementedError(
+            f"{type(split.model).__name__} is no causal model as it is set up: a later token changes the predictions "
+            "of earlier ones, so they are no log-probs of a response. Load a model that was trained as a causal LM "
+            "with AutoModelForCausalLM (of BERT's kind: with is_decoder=True in its config)"
+        )
+
+
+def _reproduces(split: SplitModel, plain: Tensor) -> bool:
     try:
         with gathered(split.model):
-            ours = split.head(split.hidden_states(rows)[0])
+            ours = split.head(split.hidden_states(single_row(_checked_rows(split)[0]))[0])
     except (AttributeError, TypeError, RuntimeError) as error:
         logger.debug("no usable split of %s: %s", type(split.model).__name__, error)
         return False
-    if ours.shape != theirs.shape:
-        return False
-    # the same products of the same numbers: they may differ by rounding, relative to the largest logit, and no more
+    return ours.shape == plain[0].shape and _agree(ours, plain[0], split)
+
+
+def _agree(ours: Tensor, theirs: Tensor, split: SplitModel) -> bool:
+    """Tell whether logits differ by rounding alone, relative to the largest: the same products of the same numbers."""
     ours, theirs = ours.double(), theirs.to(ours.device).double()
     tolerance = _HEAD_TOLERANCE.get(_precision(split), 0.01) * theirs.abs().max()
     return bool(((ours - theirs).abs() <= tolerance).all())

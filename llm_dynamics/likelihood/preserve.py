@@ -5,10 +5,63 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+
+@contextmanager
+def keeping_random() -> Iterator[None]:
+    """Restore the random state of Python, NumPy and torch (CPU and every CUDA device) at the end.
+
+    Yields:
+        None.
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Tell whether a model has adapters: those of a PEFT model, or those that transformers itself put in."""
+    return hasattr(model, "disable_adapter") or hasattr(model, "peft_config")
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Return the names of the adapters that take part in a forward of a model that has some."""
+    active: Any = model.active_adapters
+    return list(active() if callable(active) else active)  # of transformers a method, of PEFT a property
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Turn the adapters of a model off, whoever put them in, and leave no trace.
+
+    Args:
+        model: A model that `has_adapter`.
+
+    Yields:
+        None.
+    """
+    with keeping_trainable(model):
+        if hasattr(model, "disable_adapter"):
+            with model.disable_adapter():  # type: ignore[operator]
+                yield
+            return
+        model.disable_adapters()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            model.enable_adapters()  # type: ignore[operator]
 
 
 @contextmanager
@@ -99,9 +152,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give the loaded model (AutoModelForCausalLM)")
     flags = [(module, module.training) for module in model.modules()]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), keeping_rope(model):
+    with keeping_random(), torch.no_grad(), keeping_rope(model):
         try:
             for module, _ in flags:
                 module.training = False

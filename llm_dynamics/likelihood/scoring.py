@@ -15,7 +15,7 @@ from llm_dynamics.likelihood.forwards import DEFAULT_BATCH_TOKENS as DEFAULT_BAT
 from llm_dynamics.likelihood.forwards import Autocast, plan, response_states, run_idle, sees_own_rope
 from llm_dynamics.likelihood.head import SplitModel, split_model
 from llm_dynamics.likelihood.packing import TokenizedResponse, check_responses
-from llm_dynamics.likelihood.preserve import evaluating, keeping_rope, keeping_trainable
+from llm_dynamics.likelihood.preserve import adapter_off, evaluating, has_adapter, keeping_rope
 from llm_dynamics.likelihood.sharded import gathered, is_sharded
 from llm_dynamics.likelihood.squeezing import SqueezingStats, squeezing_stats
 
@@ -138,8 +138,8 @@ def score_responses(
     if reference is not None and not isinstance(reference, nn.Module):
         if reference != "adapter_off":
             raise ValueError(f'reference is {reference!r}; allowed: a model, "adapter_off", None')
-        if not hasattr(model, "disable_adapter"):
-            raise ValueError(f'reference="adapter_off" needs a PEFT model; seen {type(model).__name__}')
+        if not has_adapter(model):
+            raise ValueError(f'reference="adapter_off" needs a model with an adapter; seen {type(model).__name__}')
     columns = _score(
         model,
         responses,
@@ -164,7 +164,7 @@ def score_responses(
         if isinstance(reference, nn.Module):
             ref_logp = score_logps(reference, responses, **options)
         else:
-            with keeping_trainable(model), model.disable_adapter():  # type: ignore[operator]
+            with adapter_off(model):
                 ref_logp = score_logps(model, responses, **options)
     return ResponseScores(torch.tensor([len(r.response_ids) for r in responses]), _unflatten(columns), ref_logp)
 
@@ -238,7 +238,7 @@ def _score(
         sharded = is_sharded(model)
         with (autocast or nullcontext)():
             split = split or split_model(model)
-        _check_ids(responses, split.vocab_size)
+        _check_fit(responses, split)
         planned = plan(responses, split, batch_tokens, share_prompts)
         own_rope = sees_own_rope(responses, split)
     with evaluating(model), gathered(split.model):
@@ -277,13 +277,13 @@ def _check(responses: Sequence[TokenizedResponse], batch_tokens: int, chunk: int
             )
 
 
-def _check_ids(responses: Sequence[TokenizedResponse], vocab_size: int) -> None:
-    largest = max(max(*r.prompt_ids, *r.response_ids) for r in responses)
-    if largest >= vocab_size:
-        raise ValueError(
-            f"token id {largest} is outside the model's vocabulary of {vocab_size}: were the probes tokenised with "
-            "another model's tokenizer?"
-        )
+def _check_fit(responses: Sequence[TokenizedResponse], split: SplitModel) -> None:
+    for i, response in enumerate(responses):
+        reason = split.misfit([*response.prompt_ids, *response.response_ids])
+        if reason is not None:
+            raise ValueError(
+                f"response {i}: {reason}; was it tokenised with another model's tokenizer, or not truncated?"
+            )
 
 
 def _logits(split: SplitModel, states: Tensor, autocast: Autocast | None) -> Tensor:

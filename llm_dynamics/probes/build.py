@@ -6,10 +6,11 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
+from llm_dynamics.options import Limit, checked
 from llm_dynamics.probes.builders import Source, build_family, pairs_of
 from llm_dynamics.probes.families import FAMILIES, TRAINED_FAMILIES, check_families
 from llm_dynamics.probes.probe import DroppedProbe, Probe
@@ -105,6 +106,8 @@ def build_probes(
     Raises:
         ValueError: For each kind of bad input, saying what was seen and what to change.
     """
+    n_prompts = checked("n_prompts", Annotated[int | None, Limit(least=1)], n_prompts)
+    seed = checked("seed", int, seed)
     check_families(list(columns) if families is None else families)
     check_families([*columns])
     if drop_if:

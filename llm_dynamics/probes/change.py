@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from llm_dynamics.options import Limit, checked
 from llm_dynamics.probes.build import check_join, collect_probes, read_candidates
 from llm_dynamics.probes.builders import Source, build_family, pairs_of
 from llm_dynamics.probes.families import FAMILY_ORDER, check_families, stable_hash
@@ -45,6 +46,8 @@ def select_probes(
         raise ValueError(
             f"No prompt {unknown[:3]} here; ids go from {probe_set.prompt_ids[0]} to {probe_set.prompt_ids[-1]}."
         )
+    n_prompts = checked("n_prompts", Annotated[int | None, Limit(least=1)], n_prompts)
+    seed = checked("seed", int | None, seed)
     if n_prompts is not None:
         if not 1 <= n_prompts <= len(wanted):
             raise ValueError(f"n_prompts is {n_prompts} and there are {len(wanted)} prompts; ask for 1 to all.")

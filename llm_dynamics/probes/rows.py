@@ -257,8 +257,6 @@ def choose_rows(rows: Sequence[Row], n_prompts: int | None, seed: int) -> list[R
     """
     if n_prompts is None:
         return list(rows)
-    if n_prompts < 1:
-        raise ValueError(f"n_prompts is {n_prompts}; it must be at least 1, or None for all.")
     if n_prompts > len(rows):
         raise ValueError(f"n_prompts is {n_prompts} and there are {len(rows)} prompts; ask for fewer, or None for all.")
     ranks = [_rank(row, seed) for row in rows]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -134,6 +134,7 @@ def encode_probes(
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     keep_prompt: bool = False,
+    misfit: Callable[[Sequence[int]], str | None] | None = None,
 ) -> EncodedProbes:
     """Tokenise probes exactly as TRL tokenises a training row with the same prompt and response.
 
@@ -149,6 +150,7 @@ def encode_probes(
             (`Probe.template`), as SFT, DPO and KTO take them from each row.
         keep_prompt: Whether the response follows the whole prompt, as one that is generated does, even where prompt
             and response, tokenised in one go, part ways earlier.
+        misfit: Says why the model cannot read a sequence of ids, such as `SplitModel.misfit`, or None where it can.
 
     Returns:
         The encoded probes in the order given, less the dropped ones.
@@ -173,6 +175,8 @@ def encode_probes(
             dropped.append((probe.probe_id, NO_RESPONSE_LEFT if response_ids else "the response has no tokens"))
         elif start == 0:
             dropped.append((probe.probe_id, NO_CONTEXT))
+        elif misfit is not None and (reason := misfit(ids)) is not None:
+            dropped.append((probe.probe_id, reason))
         else:
             n_cut = len(prompt_ids) + len(response_ids) - len(ids)
             encoded.append(EncodedProbe(probe.probe_id, tuple(ids[:start]), tuple(ids[start:]), n_cut))
@@ -285,7 +289,11 @@ class _Encoder:
 
     def _check_same_tokenizer(self, probe: Probe) -> None:
         ids = probe.response_ids or ()
-        if ids and max(ids) < len(self.tokenizer) and decode_ids(self.tokenizer, ids) == probe.response:
+        if (
+            ids
+            and 0 <= min(ids) <= max(ids) < len(self.tokenizer)
+            and decode_ids(self.tokenizer, ids) == probe.response
+        ):
             return
         raise ValueError(
             f"Probe {probe.probe_id!r} (family {probe.family!r}) was encoded with another tokenizer: its response_ids "
@@ -303,5 +311,6 @@ def _nothing_left(dropped: list[tuple[str, str]], truncation: TruncationRule) ->
         f"None of the {len(dropped)} probes can be scored: "
         + "; ".join(f"{n} x {reason}" for reason, n in counts.items())
         + f". Truncation is max_length={truncation.max_length}, mode={truncation.mode!r}: raise max_length, "
-        "shorten the prompts, or (for empty prompts) use a tokenizer that adds a BOS token."
+        "shorten the prompts, or (for empty prompts) use a tokenizer that adds a BOS token; where the tokenizer has "
+        "more tokens than the model, call model.resize_token_embeddings(len(tokenizer))."
     )

@@ -519,14 +519,14 @@ def test_a_trainer_that_does_not_roll_out_is_refused_and_left_as_it_was(influenc
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ({"every": 0}, r"every is 0; measure every 1, 2"),
+        ({"every": 0}, r"every is 0; allowed: 1, 2"),
         ({"every": -3}, "every is -3"),
         ({"every": True}, "every is True"),
         ({"every": 2.0}, r"every is 2\.0"),
         ({"every": "2"}, "every is '2'"),
-        ({"eps": -1e-9}, "eps is -1e-09; give nats from 0"),
+        ({"eps": -1e-9}, "eps is -1e-09; allowed: a finite number from 0"),
         ({"eps": math.nan}, "eps is nan"),
-        ({"correct_from": math.nan}, "correct_from is nan; give a finite number"),
+        ({"correct_from": math.nan}, "correct_from is nan; allowed: a finite number"),
         ({"correct_from": math.inf}, "correct_from is inf"),
     ],
 )

@@ -123,8 +123,8 @@ def test_zero_is_watched_and_its_steps_are_not_explained(stage, trainer):
         ({"every": 0}, "every is 0"),
         ({"max_overhead": 0.0}, "max_overhead is 0.0"),
         ({"max_overhead": -1.0}, "max_overhead is -1.0"),
-        ({"token_budget_mb": -1.0}, "token_budget_mb must be >= 0"),
-        ({"squeeze_strength": 0.0}, "squeeze_strength > 0"),
+        ({"token_budget_mb": -1.0}, "token_budget_mb is -1.0; allowed: a finite number from 0"),
+        ({"squeeze_strength": 0.0}, "squeeze_strength is 0.0; allowed: a finite number above 0"),
         ({"reference": "base"}, "reference is 'base'; allowed"),
     ],
 )

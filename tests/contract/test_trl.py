@@ -156,32 +156,47 @@ def test_without_assistant_only_loss_the_tokenizers_template_counts(kind, model_
     )
 
 
-# ---- reference_model -------------------------------------------------------------------------------------------------
+# ---- reference -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_the_frozen_reference_is_found_on_the_trainer(kind, model_folder, tmp_path):
     trainer = build_trainer(kind, model_folder, tmp_path)
-    reference = _trl.reference_model(trainer)
-    assert isinstance(reference, torch.nn.Module), f"{kind}: `ref_model` is {reference!r}; see _trl.reference_model"
-    assert reference is not trainer.model, (
-        f"{kind}: the reference is the trained model itself; see _trl.reference_model"
-    )
+    assert _trl.reference_source(trainer) == _trl.MODEL
+    assert _trl.loss_has_reference(trainer)
+    with _trl.reference(trainer) as reference:
+        pass
+    assert isinstance(reference, torch.nn.Module), f"{kind}: `ref_model` is {reference!r}; see _trl.reference"
+    assert reference is not trainer.model, f"{kind}: the reference is the trained model itself; see _trl.reference"
     own = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
     assert all(torch.equal(own[name], value) for name, value in reference.state_dict().items()), (
-        f"{kind}: the reference has other weights than the model it was loaded from; see _trl.reference_model"
+        f"{kind}: the reference has other weights than the model it was loaded from; see _trl.reference"
     )
 
 
 @pytest.mark.parametrize(
-    ("kind", "lora"), [("sft", False), ("plain", False), ("grpo", False), ("dpo", True), ("kto", True)]
+    ("kind", "lora", "options", "source", "in_loss"),
+    [
+        ("sft", False, {}, "none", False),
+        ("plain", False, {}, "none", False),
+        ("sft", True, {}, _trl.ADAPTER_OFF, False),
+        ("grpo", False, {}, "none", False),
+        ("grpo", True, {}, _trl.ADAPTER_OFF, False),
+        ("grpo", False, {"beta": 0.1}, _trl.MODEL, True),
+        ("rloo", False, {"beta": 0.1, "sync_ref_model": True}, _trl.SYNCHRONISED, True),
+        ("dpo", True, {}, _trl.ADAPTER_OFF, True),
+        ("kto", True, {}, _trl.ADAPTER_OFF, True),
+        ("dpo", False, {"precompute_ref_log_probs": True}, "step 0", True),
+        ("kto", False, {"precompute_ref_log_probs": True}, "step 0", True),
+    ],
 )
-def test_where_there_is_no_reference_model_none_is_found(kind, lora, model_folder, tmp_path):
-    found = _trl.reference_model(build_trainer(kind, model_folder, tmp_path, lora=lora))
-    assert found is None, f"{kind}, lora={lora}: carries a reference model now; see _trl.reference_model"
+def test_where_the_reference_of_a_trainer_is(kind, lora, options, source, in_loss, model_folder, tmp_path):
+    trainer = build_trainer(kind, model_folder, tmp_path, lora=lora, **options)
+    assert _trl.reference_source(trainer) == source, f"{kind}, lora={lora}, {options}; see _trl.reference_source"
+    assert _trl.loss_has_reference(trainer) is in_loss, f"{kind}, {options}; see _trl.loss_has_reference"
 
 
-# ---- reference_adapter -----------------------------------------------------------------------------------------------
+# ---- adapters of the reference ---------------------------------------------------------------------------------------
 
 
 def logits(model):
@@ -200,16 +215,17 @@ def move(model):
 
 
 def test_a_fresh_adapter_is_switched_off_for_the_reference(model_folder, tmp_path):
-    model = build_trainer("dpo", model_folder, tmp_path, lora=True).model
+    trainer = build_trainer("dpo", model_folder, tmp_path, lora=True)
+    model = trainer.model
     before = logits(model)
     move(model)
     moved = logits(model)
     assert not torch.equal(moved, before)
-    with _trl.reference_adapter(model):
+    with _trl.reference(trainer):
         reference = logits(model)
     torch.testing.assert_close(reference, before, msg="the reference is not the model without its adapter; see "
-                               "_trl.reference_adapter")  # fmt: skip
-    assert torch.equal(logits(model), moved), "the adapter did not come back on; see _trl.reference_adapter"
+                               "_trl.reference")  # fmt: skip
+    assert torch.equal(logits(model), moved), "the adapter did not come back on; see _trl.reference"
 
 
 def test_the_copy_of_an_adapter_passed_already_wrapped_is_the_reference(model_folder, tmp_path):
@@ -230,18 +246,18 @@ def test_the_copy_of_an_adapter_passed_already_wrapped_is_the_reference(model_fo
     model = trainer.model
     assert set(model.peft_config) == {"default", "ref"}, (
         f"the adapters are {sorted(model.peft_config)}: TRL no longer keeps a copy called `ref` of an adapter that was "
-        "passed already wrapped; see _trl.reference_adapter"
+        "passed already wrapped; see _trl.reference"
     )
     move(model)
-    with _trl.reference_adapter(model):
+    with _trl.reference(trainer):
         reference = logits(model)
     torch.testing.assert_close(reference, before, msg="the reference is not the adapter as it was passed; see "
-                               "_trl.reference_adapter")  # fmt: skip
-    assert model.active_adapter == "default", "the trained adapter is not active afterwards; see _trl.reference_adapter"
+                               "_trl.reference")  # fmt: skip
+    assert model.active_adapter == "default", "the trained adapter is not active afterwards; see _trl.reference"
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained, "the adapter does not train any more after the reference was used; see _trl.reference_adapter"
+    assert trained, "the adapter does not train any more after the reference was used; see _trl.reference"
     assert not [name for name in trained if ".ref." in name], (
-        "the reference copy would train after it was used; see _trl.reference_adapter"
+        "the reference copy would train after it was used; see _trl.reference"
     )
 
 

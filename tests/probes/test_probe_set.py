@@ -367,7 +367,7 @@ def test_nothing_is_built_from_a_dropped_response(tokenizer):
         (None, {"drop_if": {"nonsense": "x"}}, "Unknown family 'nonsense'"),
         (None, {"columns": {"human_random": "absent"}}, "no column 'absent'; seen: 'prompt'"),
         (None, {"n_prompts": 7}, "n_prompts is 7 and there are 6 prompts"),
-        (None, {"n_prompts": 0}, "must be at least 1"),
+        (None, {"n_prompts": 0}, "n_prompts is 0; allowed: 1, 2, ... or None"),
         (None, {"families": ("other_test",)}, "pass its rows as `held_out=...`"),
         (None, {"families": ("chosen_semantic",)}, "'chosen_semantic' needs a writer"),
         (None, {"families": ("random_tokens",)}, "pass the trainer's tokenizer"),

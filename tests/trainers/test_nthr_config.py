@@ -155,7 +155,7 @@ def test_an_unknown_eta_is_refused_with_the_allowed_ones(bad):
         ("nthr_beta", math.nan, ["number", "-inf", "inf"]),
         *((name, bad, ["finite number"]) for name in ("nthr_correct", "thr_q", "w_reinforce_weight")
           for bad in (math.nan, math.inf, -math.inf)),
-        *(("llds_coef", bad, ["number from 0", "0.2"]) for bad in (-0.1, math.nan, math.inf, -math.inf)),
+        *(("llds_coef", bad, ["number from 0 up to 1e+06"]) for bad in (-0.1, math.nan, math.inf, -math.inf)),
     ],
 )  # fmt: skip
 def test_a_bad_number_is_refused_with_what_is_allowed(name, bad, allowed):

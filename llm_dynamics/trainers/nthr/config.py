@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
 
 from trl import GRPOConfig
 
 from llm_dynamics import _trl
+from llm_dynamics.options import LARGEST, Limit, check_options, shown
 
 METHODS = ("nthr", "thr", "pos_only", "w_reinforce", "nsr", "random", "none")
 SCORED_METHODS = ("nthr", "thr", "random")
@@ -52,15 +54,15 @@ class NTHRConfig(GRPOConfig):
         nthr_log_tokens: Keep a table of tokens, with scores and advantages, in the run log that `watch` opens.
     """
 
-    nthr_method: str = field(
+    nthr_method: Annotated[str, Limit(choices=METHODS)] = field(
         default="nthr",
         metadata={"help": "What is done to token advantages.", "choices": list(METHODS)},
     )
-    nthr_beta: float = field(
+    nthr_beta: Annotated[float, Limit(infinite=True)] = field(
         default=1.0,
         metadata={"help": "Threshold factor on the smallest anchor score; -inf selects all wrong tokens, inf none."},
     )
-    nthr_eta: str = field(
+    nthr_eta: Annotated[str, "or a number: checked by `eta`"] = field(
         default="2|0.5-p|",
         metadata={"help": "Factor on selected tokens: '2|0.5-p|', 'p', '1-p' or a number; p is the success rate."},
     )
@@ -68,7 +70,7 @@ class NTHRConfig(GRPOConfig):
         default=True,
         metadata={"help": "Whether a correct response's anchor score counts its tokens against itself."},
     )
-    nthr_vocab: str = field(
+    nthr_vocab: Annotated[str, Limit(choices=("full", "group"))] = field(
         default="full",
         metadata={"help": "Vocabulary over which predictions are compared.", "choices": ["full", "group"]},
     )
@@ -76,19 +78,19 @@ class NTHRConfig(GRPOConfig):
         default=0.5,
         metadata={"help": "Reward (weighted sum over reward functions) from which on a response is correct."},
     )
-    nthr_kernel: str = field(
+    nthr_kernel: Annotated[str, Limit(choices=("last_layer", "exact"))] = field(
         default="last_layer",
         metadata={"help": "Which kernel scores tokens.", "choices": ["last_layer", "exact"]},
     )
-    thr_q: float = field(
+    thr_q: Annotated[float, Limit(most=LARGEST)] = field(
         default=0.1,
         metadata={"help": "Strength of THR reweighting; > 0 favours exploitation, < 0 exploration."},
     )
-    w_reinforce_weight: float = field(
+    w_reinforce_weight: Annotated[float, Limit(most=LARGEST)] = field(
         default=0.1,
         metadata={"help": "Advantage of correct responses in w_reinforce; wrong ones have -1."},
     )
-    llds_coef: float = field(
+    llds_coef: Annotated[float, Limit(least=0, most=LARGEST)] = field(
         default=0.0,
         metadata={"help": "Factor of the LLDS penalty on likelihood that fell since rollout; the paper's is 0.2."},
     )
@@ -134,17 +136,8 @@ class NTHRConfig(GRPOConfig):
         Raises:
             ValueError: Naming the field, the value seen and what is allowed.
         """
-        self._one_of("nthr_method", METHODS)
-        self._one_of("nthr_vocab", ("full", "group"))
-        self._one_of("nthr_kernel", ("last_layer", "exact"))
+        check_options(self, NTHRConfig)
         self.eta(0.5)
-        if math.isnan(self._number("nthr_beta")):
-            raise ValueError(f"nthr_beta is {self.nthr_beta!r}; give a number, -inf or inf")
-        for name in ("nthr_correct", "thr_q", "w_reinforce_weight"):
-            if not math.isfinite(self._number(name)):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; give a finite number")
-        if not 0 <= self._number("llds_coef") < math.inf:
-            raise ValueError(f"llds_coef is {self.llds_coef!r}; give a number from 0 (off); the paper's is 0.2")
         if self.loss_type not in _trl.LOSSES_BY_TOKEN:
             raise ValueError(
                 f"loss_type is {self.loss_type!r}; NTHRGRPOTrainer knows which losses honour advantages token by "
@@ -178,27 +171,19 @@ class NTHRConfig(GRPOConfig):
         Raises:
             ValueError: Where `nthr_eta` is neither a known rule nor a finite number.
         """
-        rule = ETAS.get(str(self.nthr_eta))
+        rule = ETAS.get(self.nthr_eta) if isinstance(self.nthr_eta, str) else None
         if rule is not None:
             return rule(p)
         try:
-            value = float(self.nthr_eta)
-        except (TypeError, ValueError):
+            value = float(self.nthr_eta) if isinstance(self.nthr_eta, str | numbers.Real) else math.nan
+        except (OverflowError, ValueError):
             value = math.nan
-        if not 0 <= value < math.inf:  # less than 0 would reward wrong tokens
+        if not 0 <= value <= LARGEST:  # less than 0 would reward wrong tokens
             raise ValueError(
-                f"nthr_eta is {self.nthr_eta!r}; allowed: {', '.join(map(repr, ETAS))}, or a finite number from 0 on"
+                f"nthr_eta is {shown(self.nthr_eta)}; allowed: {', '.join(map(repr, ETAS))}, or a finite number from 0 "
+                f"to {LARGEST:g}"
             )
         return value
-
-    def _number(self, name: str) -> float:
-        """Return the value of a field, NaN where it is no number."""
-        value = getattr(self, name)
-        return float(value) if isinstance(value, int | float) else math.nan
-
-    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
-        if getattr(self, name) not in allowed:
-            raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}")
 
 
 @cache
