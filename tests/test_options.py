@@ -28,8 +28,9 @@ class Unprintable:
 
 HOSTILE = [
     0, 1, 2, -1, 10**400, 1.5, 3.0, 0.0, 1e-300, 1e300, math.nan, math.inf, -math.inf, True, False, None, "", "5",
-    "auto", "sign", "nan", b"1", [], [1], ["chosen"], ("chosen",), {}, {"every": 3}, set(), object(), Unprintable(), int,
-    1j, np.int64(3), np.float32(0.5), np.float64("nan"), np.bool_(True), np.array([1, 2]), np.array(3), slice(1), range(3),
+    "auto", "sign", "nan", b"1", [], [1], ["chosen"], ("chosen",), {}, {"every": 3}, set(), object(), Unprintable(),
+    int, 1j, np.int64(3), np.float32(0.5), np.float64("nan"), np.bool_(True),
+    np.array([1, 2]), np.array(3), range(3),
 ]  # fmt: skip
 CONFIGS = [ProbeOptions, InfluenceSettings, DisplacementOptions, WatchConfig]
 

@@ -54,7 +54,7 @@ class Reference:
         if steps and log.meta.get("reference") == START:
             self.source = START
             if steps[0] == 0:
-                self._first = _scores(*(_part(log, name, columns) for name, columns in schema.OBSERVED_TABLES.items()))
+                self._first = _scores(_part(log, "sequences", schema.SEQUENCES), _part(log, "tokens", schema.TOKENS))
 
     def logps(
         self, share: list[Any], forwards: int | None, *, batch_tokens: int, autocast: Autocast | None

@@ -9,30 +9,30 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from llm_dynamics.likelihood import score_responses, split_model
 
 END = 40
-BERT = dict(
-    vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-    max_position_embeddings=END, pad_token_id=1, bos_token_id=0, eos_token_id=2, initializer_range=0.3,
-)  # fmt: skip
-GPT = dict(vocab_size=101, n_positions=END, n_embd=32, n_layer=2, n_head=4)
+BERT = {
+    "vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": END, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "initializer_range": 0.3,
+}  # fmt: skip
+GPT = {"vocab_size": 101, "n_positions": END, "n_embd": 32, "n_layer": 2, "n_head": 4}
 LLAMA = dict(BERT, num_key_value_heads=2)
-DECODER = dict(vocab_size=101, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
-               max_position_embeddings=END)  # fmt: skip
+DECODER = {"vocab_size": 101, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
+               "max_position_embeddings": END}  # fmt: skip
 ENDS = {
     "gpt2": (GPT, END),
     "gptj": (GPT | {"rotary_dim": 4}, END),  # rotary, from a table
-    "ctrl": (dict(vocab_size=101, n_positions=END, n_embd=32, dff=48, n_layer=2, n_head=4), END),
+    "ctrl": ({"vocab_size": 101, "n_positions": END, "n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4}, END),
     "opt": (BERT | {"ffn_dim": 48, "word_embed_proj_dim": 32}, END),
-    "gpt_neo": (dict(vocab_size=101, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=END,
-                     attention_types=[[["global", "local"], 1]]), END),
-    "mpt": (dict(vocab_size=101, d_model=32, n_heads=4, n_layers=2, max_seq_len=END), END),
+    "gpt_neo": ({"vocab_size": 101, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": END,
+                     "attention_types": [[["global", "local"], 1]]}, END),
+    "mpt": ({"vocab_size": 101, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": END}, END),
     "roberta": (BERT | {"is_decoder": True}, END - 2),
     "bert": (BERT | {"is_decoder": True}, END),
     "trocr": (DECODER, END),
     "llama": (LLAMA, None),
     "mistral": (LLAMA | {"sliding_window": 8}, None),
-    "bloom": (dict(vocab_size=101, hidden_size=32, n_layer=2, n_head=4), None),
-    "xglm": (dict(vocab_size=101, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4,
-                  max_position_embeddings=END), None),
+    "bloom": ({"vocab_size": 101, "hidden_size": 32, "n_layer": 2, "n_head": 4}, None),
+    "xglm": ({"vocab_size": 101, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4,
+                  "max_position_embeddings": END}, None),
 }  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def test_scores_are_those_of_the_plain_forward(kind):
     [
         ("bert", BERT),
         ("rembert", BERT | {"input_embedding_size": 32, "output_embedding_size": 32}),
-        ("xlnet", dict(vocab_size=101, d_model=32, n_layer=2, n_head=4, d_inner=48)),
+        ("xlnet", {"vocab_size": 101, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}),
         ("modernbert", BERT | {"cls_token_id": 0, "sep_token_id": 2}),
         ("roberta", BERT),
     ],
