@@ -60,7 +60,8 @@ def check_options(options: Any, own: type | None = None) -> None:
     Raises:
         ValueError: For the first value that is not allowed; the message names the field, the value and what is.
     """
-    for name, hint in _hints(type(options)).items():
+    declared: Any = type(options)
+    for name, hint in _hints(declared).items():
         if (own is None or name in own.__annotations__) and _limit(hint) is not None:
             object.__setattr__(options, name, checked(name, hint, getattr(options, name)))
 

@@ -147,7 +147,9 @@ class ProbeCallback(TrainerCallback):
         self.reference.begin()
         self.split = self._split_model()  # the trainer may have wrapped or changed the model since
         if state.is_world_process_zero:
-            self.recorder.open(state, describe_run(self, state), every=self.every)
+            with keeping_random():  # it looks at the rows
+                meta = describe_run(self, state)
+            self.recorder.open(state, meta, every=self.every)
             self.reference.resume(self.recorder.log)
         opened = (self.recorder.token_probes, self.recorder.start, self.recorder.log.steps()[-1:])
         self._token_probes, self._start, observed = broadcast(opened)
