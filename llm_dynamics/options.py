@@ -12,7 +12,7 @@ import math
 import numbers
 import reprlib
 import types
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -181,9 +181,9 @@ def _words(kind: Any, limit: Limit) -> str:
         bound = "" if limit.above is None else f" above {limit.above:g}"
         bound = bound if limit.least is None else f" from {limit.least:g}"
         bound += "" if limit.most is None else f" up to {limit.most:g}"
-        return f"a {'' if limit.infinite else 'finite '}number{bound}"
+        return f"a {'' if limit.infinite else 'finite '}number{bound}{', -inf, inf' if limit.infinite else ''}"
     if base is str:
         return "a text" if limit.choices is None else ", ".join(f'"{choice}"' for choice in limit.choices)
-    known = {bool: "True, False", list: "a list of texts", Sequence: "a list of texts", Path: "a path",
-             types.NoneType: "None", Mapping: "a mapping", types.FunctionType: "a function"}  # fmt: skip
+    known = {bool: "True, False", list: "a list of texts", Sequence: "a list of texts", Path: "a path", Callable: "a function",
+             types.NoneType: "None", Mapping: "a mapping"}  # fmt: skip
     return known.get(base, f"a {getattr(base, '__name__', base)}")

@@ -123,7 +123,7 @@ def test_unknown_logit_processing_falls_back_to_the_models_own_forward(caplog):
 
     model.forward = forward.__get__(model)
     scores = score_responses(model, responses)
-    assert "post-processes its logits" in caplog.text
+    assert "scoring runs its whole forward" in caplog.text
     assert_scores_equal_plain(model, responses, scores, 2e-5)
 
 
@@ -286,7 +286,7 @@ def row(prompt, response):
         ([row((1,), (2,))], {"padding_side": "top"}, 'allowed: "left", "right"'),
         ([row((1,), (2,))], {"squeeze_strength": -1.0}, "strength > 0"),
         ([row((1,), (2,))], {"reference": "base"}, "allowed: a model"),
-        ([row((1,), (2,))], {"reference": "adapter_off"}, "needs a PEFT model"),
+        ([row((1,), (2,))], {"reference": "adapter_off"}, "needs a model with an adapter"),
     ],
 )
 def test_bad_input_is_named(responses, options, message):
