@@ -181,9 +181,16 @@ def _words(kind: Any, limit: Limit) -> str:
         bound = "" if limit.above is None else f" above {limit.above:g}"
         bound = bound if limit.least is None else f" from {limit.least:g}"
         bound += "" if limit.most is None else f" up to {limit.most:g}"
-        return f"a {'' if limit.infinite else 'finite '}number{bound}{', -inf, inf' if limit.infinite else ''}"
+        return f"a number{bound}, -inf, inf" if limit.infinite else f"a finite number{bound}"
     if base is str:
         return "a text" if limit.choices is None else ", ".join(f'"{choice}"' for choice in limit.choices)
-    known = {bool: "True, False", list: "a list of texts", Sequence: "a list of texts", Path: "a path", Callable: "a function",
-             types.NoneType: "None", Mapping: "a mapping"}  # fmt: skip
+    known = {
+        bool: "True, False",
+        list: "a list of texts",
+        Sequence: "a list of texts",
+        Path: "a path",
+        types.NoneType: "None",
+        Mapping: "a mapping",
+        Callable: "a function",
+    }
     return known.get(base, f"a {getattr(base, '__name__', base)}")

@@ -180,8 +180,8 @@ class NTHRConfig(GRPOConfig):
             value = math.nan
         if not 0 <= value <= LARGEST:  # less than 0 would reward wrong tokens
             raise ValueError(
-                f"nthr_eta is {shown(self.nthr_eta)}; allowed: {', '.join(map(repr, ETAS))}, or a finite number from 0 on, "
-                f"to {LARGEST:g}"
+                f"nthr_eta is {shown(self.nthr_eta)}; allowed: {', '.join(map(repr, ETAS))}, or a finite number from 0 "
+                f"on, to {LARGEST:g}"
             )
         return value
 
