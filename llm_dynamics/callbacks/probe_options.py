@@ -24,8 +24,8 @@ class ProbeOptions:
         squeeze_strength: e of the negative step in the squeezing statistics.
         reference: "auto" adds log-probs under the reference that the loss takes: the trainer's `ref_model`, a PEFT
             model with its adapter off (or its copy "ref"), or where the trainer computed them beforehand the model at
-            step 0. Where no loss takes one, a PEFT model's is the model that training began with. "none" leaves them
-            out. `meta.json` (`reference`) says which.
+            step 0. An adapter whose initialisation took a part out of the weights (PiSSA, OLoRA...) and that no loss
+            is compared with has the model at step 0. "none" leaves them out. `meta.json` (`reference`) says which.
         batch_tokens: Most tokens in one forward.
         log_folder: Run-log folder; None: `<output_dir>/dynamics`.
         seed: Seed of the sample of `token_budget_mb`.

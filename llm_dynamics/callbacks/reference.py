@@ -13,13 +13,15 @@ from transformers import Trainer
 from llm_dynamics import _trl
 from llm_dynamics.likelihood import idle_forwards, score_logps, split_model
 from llm_dynamics.likelihood.forwards import Autocast
-from llm_dynamics.likelihood.preserve import evaluating
+from llm_dynamics.likelihood.preserve import active_adapters, evaluating
 from llm_dynamics.runlog import RunLogWriter, schema
 from llm_dynamics.runlog.reader import read_part
 
 logger = logging.getLogger(__name__)
 
 NONE, START = "none", "step 0"
+KEEPS_BASE = ("gaussian", "orthogonal", "eva")
+"""Named initialisations of an adapter that leave the base model as it was."""
 ROUNDING = {"float64": 1e-9, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 """Most that two scores of the same model differ by, per token and relative to the sum, by the weights' precision."""
 
@@ -102,20 +104,17 @@ class Reference:
             tokens["ref_logp"] = of_tokens.reindex(keys).to_numpy()
 
     def _check(self, step: int, log: RunLogWriter, sequences: pd.DataFrame) -> None:
-        if self.source == _trl.ADAPTER_OFF and step == 0 and self._differs(sequences, sequences["logp_sum"]):
-            if _trl.loss_has_reference(self._trainer):
-                logger.warning(
-                    "with its adapter off, the model is not the one that training begins with (an adapter that "
-                    "was trained before, or is initialised from the weights, as PiSSA is): the loss is compared with "
-                    "that model, and so are the probes. At step 0, the log ratio is not 0"
-                )
-            else:
-                logger.warning(
-                    "with its adapter off, the model is not the one that training begins with (an adapter that was "
-                    "trained before, or is initialised from the weights, as PiSSA is): the reference is the model at "
-                    "step 0"
-                )
-                self.source = START
+        moved = self.source == _trl.ADAPTER_OFF and step == 0 and self._moves_base()
+        if moved and self._differs(sequences, sequences["logp_sum"]):
+            in_loss = _trl.loss_has_reference(self._trainer)
+            logger.warning(
+                "the adapter was initialised from the weights and took a part out of them (as PiSSA does): with the "
+                "adapter off, the model is not the one that training begins with. %s",
+                "The loss is compared with that model, and so are the probes: at step 0, the log ratio is not 0"
+                if in_loss
+                else "The reference is the model at step 0",
+            )
+            self.source = _trl.ADAPTER_OFF if in_loss else START
         steps = log.steps()
         if step > 0 and steps and self.source in (_trl.MODEL, _trl.ADAPTER_OFF, _trl.ADAPTER_COPY):
             before = _part(log, "sequences", schema.SEQUENCES).set_index("probe_id")["ref_logp_sum"]
@@ -126,6 +125,12 @@ class Reference:
                     "model that the run began with",
                     step,
                 )
+
+    def _moves_base(self) -> bool:
+        """Tell whether the adapter's initialisation may have changed the base model; one trained before has not."""
+        model: Any = self._trainer.model
+        kinds = [getattr(model.peft_config[name], "init_lora_weights", None) for name in active_adapters(model)]
+        return any(isinstance(kind, str) and kind not in KEEPS_BASE for kind in kinds)
 
     def _differs(self, sequences: pd.DataFrame, expected: pd.Series) -> bool:
         precision = str(next(self._trainer.model.parameters()).dtype).removeprefix("torch.")  # type: ignore[union-attr]

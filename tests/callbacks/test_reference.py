@@ -55,7 +55,7 @@ def test_where_the_reference_was_computed_beforehand_it_is_the_model_at_step_0(k
     assert tokens[1] == pytest.approx(tokens[0], abs=1e-3)
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "gaussian", False])
+@pytest.mark.parametrize("init", ["pissa", "olora", "gaussian", True])
 def test_where_no_loss_takes_one_the_reference_is_what_training_began_with(init, model_folder, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "llm_dynamics"):
         run = watched(adapted("sft", model_folder, tmp_path, init, max_steps=2))
@@ -63,15 +63,15 @@ def test_where_no_loss_takes_one_the_reference_is_what_training_began_with(init,
     first = rows[rows["step"] == 0]
     assert first["ref_logp_sum"].to_numpy() == pytest.approx(first["logp_sum"].to_numpy(), abs=1e-3)
     assert rows.groupby("probe_id")["ref_logp_sum"].nunique().eq(1).all()
-    assert run.meta["reference"] == ("adapter off" if init == "gaussian" else "step 0")
-    assert ("the reference is the model at step 0" in caplog.text) == (init != "gaussian")
+    assert run.meta["reference"] == ("step 0" if init in ("pissa", "olora") else "adapter off")
+    assert ("The reference is the model at step 0" in caplog.text) == (init in ("pissa", "olora"))
 
 
 def test_a_loss_that_takes_another_than_the_initial_model_is_followed_and_said(model_folder, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "llm_dynamics"):
         run = watched(adapted("dpo", model_folder, tmp_path, "pissa", max_steps=1))
     assert run.meta["reference"] == "adapter off"
-    assert "At step 0, the log ratio is not 0" in caplog.text
+    assert "at step 0, the log ratio is not 0" in caplog.text
     first = run.sequences[run.sequences["step"] == 0]
     assert (first["logp_sum"] - first["ref_logp_sum"]).abs().max() > 0.1
 
