@@ -147,10 +147,11 @@ class ProbeCallback(TrainerCallback):
         self.reference.begin()
         self.split = self._split_model()  # the trainer may have wrapped or changed the model since
         if state.is_world_process_zero:
+            if state.global_step > 0 and self.recorder.log.exists():
+                self.reference.resume(self.recorder.log)
             with keeping_random():  # it looks at the rows
                 meta = describe_run(self, state)
             self.recorder.open(state, meta, every=self.every)
-            self.reference.resume(self.recorder.log)
         opened = (self.recorder.token_probes, self.recorder.start, self.recorder.log.steps()[-1:])
         self._token_probes, self._start, observed = broadcast(opened)
         self.reference.source = broadcast(self.reference.source)

@@ -15,7 +15,7 @@ from llm_dynamics.likelihood import idle_forwards, score_logps, split_model
 from llm_dynamics.likelihood.forwards import Autocast
 from llm_dynamics.likelihood.preserve import active_adapters, evaluating
 from llm_dynamics.runlog import RunLogWriter, schema
-from llm_dynamics.runlog.reader import read_part
+from llm_dynamics.runlog.reader import read_meta, read_part
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +51,9 @@ class Reference:
         self._checked = False
 
     def resume(self, log: RunLogWriter) -> None:
-        """Go on with the reference of the log of an earlier part of this run, if there is one."""
+        """Go on with the reference of an earlier part of this run, before its log is continued."""
         steps = log.steps()
-        if steps and log.meta.get("reference") == START:
+        if self.source != NONE and steps and read_meta(log.folder).get("reference") == START:
             self.source = START
             if steps[0] == 0:
                 self._first = _scores(_part(log, "sequences", schema.SEQUENCES), _part(log, "tokens", schema.TOKENS))

@@ -88,6 +88,17 @@ def test_a_resumed_run_takes_the_model_at_step_0_from_its_log(model_folder, tmp_
     assert tokens.nunique().eq(1).all()
 
 
+def test_a_resumed_adapter_that_took_a_part_of_the_weights_keeps_the_model_at_step_0(model_folder, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    watched(adapted("sft", model_folder, tmp_path, "pissa", max_steps=1, **saving))
+    resumed = adapted("sft", model_folder, tmp_path, "pissa", max_steps=2, **saving)
+    run = watched(resumed, resume=str(tmp_path / "checkpoint-1"))
+    assert run.meta["reference"] == "step 0"
+    rows = run.sequences
+    assert rows["step"].max() == 2
+    assert rows.groupby("probe_id")["ref_logp_sum"].nunique().eq(1).all()
+
+
 def test_a_reference_that_follows_the_policy_is_scored_each_time(model_folder, tmp_path):
     options = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
     run = watched(build_trainer("dpo", model_folder, tmp_path, **options))

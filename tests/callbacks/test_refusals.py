@@ -9,6 +9,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     LlamaModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -17,6 +21,7 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer
 
+from llm_dynamics import load_run
 from llm_dynamics.callbacks import ProbeCallback, watch
 from tests.conftest import PREFERENCES
 from tests.training import build_trainer, make_probes, save_tiny_model
@@ -176,3 +181,32 @@ def test_a_refusal_leaves_no_run_log_behind(trainer, tmp_path):
 def test_watch_takes_the_path_of_a_saved_probe_set(trainer, tmp_path):
     probes = make_probes()
     assert watch(trainer, probes.save(tmp_path / "probes.parquet")).probes == probes
+
+
+@pytest.mark.filterwarnings("ignore:.*probes dropped while encoding")
+def test_probes_with_tokens_that_the_model_lacks_are_dropped_and_counted(trainer):
+    tokenizer = trainer.processing_class
+    tokenizer.add_tokens(["egg?", "Paris."])  # the model is not resized, and no training row was tokenised with them
+    callback = watch(trainer, make_probes(3), 1)
+    assert callback.encoded.dropped
+    assert all("outside the model's vocabulary" in reason for _, reason in callback.encoded.dropped)
+    trainer.train()
+    meta = load_run(callback.log_folder).meta
+    assert len(meta["dropped_probes"]) == len(callback.encoded.dropped)
+
+
+def test_where_no_probe_is_left_the_embeddings_are_to_be_resized(plain):
+    small = LlamaForCausalLM(
+        LlamaConfig(vocab_size=20, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    )
+    with pytest.raises(ValueError, match=r"vocabulary of 20.*resize_token_embeddings"):
+        watch(plain(small), make_probes(2))
+
+
+def test_probes_beyond_the_last_position_are_truncated_and_counted(plain):
+    vocabulary = 320
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=1, n_head=4, n_positions=20))
+    callback = watch(plain(model), make_probes(3))
+    assert callback.truncation.max_length == 20
+    assert callback.encoded.n_truncated > 0
+    assert max(len(probe.input_ids) for probe in callback.encoded) == 20

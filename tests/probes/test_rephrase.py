@@ -348,7 +348,7 @@ def test_a_local_model_needs_a_tokenizer_with_a_template(tiny_model, tokenizer):
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0}])
 def test_senseless_generation_settings_are_refused(tiny_model, tokenizer, options):
-    with pytest.raises(ValueError, match="n_prompts is"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         ChatModelRephraser(tiny_model, tokenizer, **options)
 
 
