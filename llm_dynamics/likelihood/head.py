@@ -150,7 +150,7 @@ def split_model(model: nn.Module) -> SplitModel:
         then used, one sequence at a time, which is slower and right.
 
     Raises:
-        NotImplementedError: For encoder-decoder models, prompt-learning adapters, models without an LM head, those whose
+        NotImplementedError: For encoder-decoder models, prompt-learning adapters, models without an LM head or whose
             weights are not loaded, and those whose logits see later tokens.
     """
     base = unwrap_model(model)
