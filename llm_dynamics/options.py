@@ -183,7 +183,7 @@ def _words(kind: Any, limit: Limit) -> str:
         bound += "" if limit.most is None else f" up to {limit.most:g}"
         return f"a number{bound}, -inf, inf" if limit.infinite else f"a finite number{bound}"
     if base is str:
-        return "a text" if limit.choices is None else ", ".join(f'"{choice}"' for choice in limit.choices)
+        return "a text" if limit.choices is None else ", ".join(map(repr, limit.choices))
     known = {
         bool: "True, False",
         list: "a list of texts",

@@ -110,7 +110,7 @@ def test_what_is_accepted_trains(options, influence, explained, model_folder, tm
         ({"seed": [1]}, r"seed is \[1\]; allowed: 0, 1, ..."),
         ({"influence": 5}, "influence is 5; allowed: True, False or a mapping"),
         ({"displacement": 5}, "displacement is 5; allowed: True, False or a mapping"),
-        ({"influence": {"split_by": 5}}, 'split_by is 5; allowed: "sign", "role" or a function'),
+        ({"influence": {"split_by": 5}}, "split_by is 5; allowed: 'sign', 'role' or a function"),
         ({"influence": {"families": "chosen"}}, "families is 'chosen'; allowed: a list of texts or None"),
         ({"tracker_tables": "yes"}, "tracker_tables is 'yes'; allowed: True, False"),
         ({"tokens": 1}, "tokens is 1; allowed: True, False"),
