@@ -6,6 +6,7 @@ Read against TRL 1.16.0 and transformers 5.23.0; each function here has a contra
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.utils import get_json_schema
+from transformers.utils.hub import hf_api
 from trl import GRPOTrainer, RLOOTrainer
 from trl.models.utils import disable_gradient_checkpointing as disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
@@ -446,6 +448,34 @@ def recording_rollouts(
         _prepare_inputs=prepare_inputs,
     ):
         yield rollouts
+
+
+def leave_out_of_pushes(trainer: Trainer, folders: Callable[[], list[str]]) -> None:
+    """Let no push of this trainer, at its end or with its checkpoints, upload these folders of its `output_dir`.
+
+    transformers names what it leaves out itself, `checkpoint-*` and `_*`, and takes nothing more.
+
+    Args:
+        trainer: The trainer.
+        folders: Gives glob patterns of paths below `output_dir`, when a push begins.
+    """
+
+    def leaving_out(push: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(push)
+        def pushed(*args: Any, **kwargs: Any) -> Any:
+            api = hf_api()
+            upload = api.upload_folder
+
+            def upload_folder(**told: Any) -> Any:
+                return upload(**told | {"ignore_patterns": [*(told.get("ignore_patterns") or []), *folders()]})
+
+            with _in_place_of(api, upload_folder=upload_folder):
+                return push(*args, **kwargs)
+
+        return pushed
+
+    for name in ("push_to_hub", "_push_from_checkpoint"):
+        setattr(trainer, name, leaving_out(getattr(trainer, name)))
 
 
 def group_size(trainer: GRPOTrainer | RLOOTrainer, training: bool) -> int:

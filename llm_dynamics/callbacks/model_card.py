@@ -10,7 +10,8 @@ from typing import Any
 from transformers import Trainer
 
 from llm_dynamics.callbacks.probe import watcher_of
-from llm_dynamics.runlog import RunLogError, load_run, schema
+from llm_dynamics.files import write_whole
+from llm_dynamics.runlog import load_run, schema
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,7 @@ def append_dynamics(trainer: Trainer) -> None:
         return
     try:
         section = model_card_section(load_run(watcher.log_folder))
-    except RunLogError as error:
+        text = card.read_text(encoding="utf-8").split(f"\n{HEADING}\n")[0].rstrip("\n")
+        write_whole(card, f"{text}\n\n{section}".encode(errors="backslashreplace"))
+    except (OSError, ValueError) as error:  # a damaged log, a card in another encoding, a full disk
         logger.warning("the model card says nothing of the learning dynamics: %s", error)
-        return
-    text = card.read_text(encoding="utf-8").split(f"\n{HEADING}\n")[0].rstrip("\n")
-    card.write_text(f"{text}\n\n{section}", encoding="utf-8")

@@ -37,6 +37,7 @@ from llm_dynamics.likelihood.preserve import evaluating, keeping_random
 from llm_dynamics.likelihood.scoring import ResponseScores
 from llm_dynamics.probes import ProbeSet, TruncationRule, encode_probes, probe_table
 from llm_dynamics.runlog import schema
+from llm_dynamics.runlog.folder import checked_folder, log_patterns
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class ProbeCallback(TrainerCallback):
         probes: What to watch.
         every: Optimizer steps between observations.
         **options: Further fields of `ProbeOptions`: tokens, max_overhead, token_budget_mb, squeeze_strength, reference,
-            batch_tokens, log_folder, seed.
+            batch_tokens, log_folder, push_log, seed.
 
     Raises:
         TypeError: Where `trainer` is not a trainer or `probes` not a `ProbeSet`.
@@ -102,7 +103,8 @@ class ProbeCallback(TrainerCallback):
         self.probes = probes
         self.table = probe_table(probes, self.encoded)
         self.share = share_of(self.encoded, trainer.args.process_index, trainer.args.world_size)
-        folder = Path(self.options.log_folder or Path(trainer.args.output_dir or ".") / schema.FOLDER)
+        default = Path(trainer.args.output_dir or ".") / schema.FOLDER
+        folder = checked_folder(default if self.options.log_folder is None else self.options.log_folder)
         for other in trainer.callback_handler.callbacks:
             if isinstance(other, ProbeCallback) and other.log_folder.resolve() == folder.resolve():
                 raise ValueError(f"another ProbeCallback writes to {folder}: give this one its own log_folder=")
@@ -113,6 +115,9 @@ class ProbeCallback(TrainerCallback):
             token_budget_mb=self.options.token_budget_mb,
             seed=self.options.seed,
         )
+        if not self.options.push_log:
+            output_dir = Path(trainer.args.output_dir or ".")
+            _trl.leave_out_of_pushes(trainer, lambda: log_patterns(self.log_folder, output_dir))
         warn_of_finished_training(trainer)
         self._token_probes: set[str] = set()
         self._start: dict[str, float] = {}
@@ -188,6 +193,7 @@ class ProbeCallback(TrainerCallback):
                 self._observe(state, control)
         if state.is_world_process_zero:
             self.recorder.log.update_meta(finished_at_step=state.global_step)
+            self.recorder.log.close()
 
     # ---- observing ----------------------------------------------------------------------------------------------
 

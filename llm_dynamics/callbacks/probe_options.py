@@ -28,6 +28,7 @@ class ProbeOptions:
             is compared with has the model at step 0. "none" leaves them out. `meta.json` (`reference`) says which.
         batch_tokens: Most tokens in one forward.
         log_folder: Run-log folder; None: `<output_dir>/dynamics`.
+        push_log: Let `push_to_hub` upload the run log, which holds prompts, responses and local paths, with the model.
         seed: Seed of the sample of `token_budget_mb`.
 
     Raises:
@@ -50,6 +51,10 @@ class ProbeOptions:
     batch_tokens: Count = DEFAULT_BATCH_TOKENS
     log_folder: str | Path | None = field(
         default=None, metadata={"help": "Folder of the run log; by default the folder 'dynamics' in output_dir."}
+    )
+    push_log: bool = field(
+        default=False,
+        metadata={"help": "With push_to_hub, also upload the run log: prompts, responses and local paths."},
     )
     seed: Seed = field(default=0, metadata={"help": "Seed of the prompts whose token tables are kept."})
 

@@ -13,8 +13,8 @@ from transformers import TrainerState
 
 from llm_dynamics.callbacks.schedule import Clock
 from llm_dynamics.callbacks.token_budget import choose_token_probes
-from llm_dynamics.runlog import RunLogWriter, schema
-from llm_dynamics.runlog.reader import read_part
+from llm_dynamics.runlog import RunLogError, RunLogWriter, schema
+from llm_dynamics.runlog.parts import read_meta, read_part
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +51,18 @@ class Recorder:
             RunLogError: Where a run is resumed with other probes than its log has.
         """
         self.start = {}
+        busy = self.log.claim()
+        if busy is not None:
+            logger.warning(
+                "another run that has not ended writes to %s, or it holds other things: the log of this run is %s",
+                busy,
+                self.log.folder,
+            )
         if state.global_step > 0 and self.log.exists():
+            self.start = self._first_observation(state.global_step)
             dropped = self.log.resume(state.global_step, meta)
             if dropped:
                 logger.info("run log continued at step %d; dropped steps %s", state.global_step, dropped)
-            self.start = self._first_observation()
         else:
             if state.global_step > 0:
                 logger.warning(
@@ -120,12 +127,18 @@ class Recorder:
         )
         self.log.update_meta(skipped_steps=[*self.log.meta.get("skipped_steps", []), step])
 
-    def _first_observation(self) -> dict[str, float]:
-        steps = self.log.steps()
-        if not steps:
-            return {}
-        first = read_part(self.log.folder / "sequences" / schema.part_name(steps[0]), schema.SEQUENCES).to_pandas()
-        return dict(zip(first["probe_id"], first["logp_sum"], strict=True))
+    def _first_observation(self, step: int) -> dict[str, float]:
+        """Return the summed log-probs of the first observation up to `step` that can be read."""
+        meta = read_meta(self.log.folder)
+        for done in self.log.steps():
+            file = self.log.folder / "sequences" / schema.part_name(done)
+            try:
+                first = read_part(file, schema.SEQUENCES, meta=meta).to_pandas() if done <= step else None
+            except RunLogError as error:
+                logger.warning("changes are not counted from step %d of the run log: %s", done, error)
+                continue
+            return {} if first is None else dict(zip(first["probe_id"], first["logp_sum"], strict=True))
+        return {}
 
     def _choose_token_probes(self, observations: int) -> list[str] | str:
         if not self._tokens:

@@ -19,7 +19,7 @@ from llm_dynamics.probes.rows import Rows, as_records
 
 logger = logging.getLogger(__name__)
 
-PASSED_ON = ("tokens", "token_budget_mb", "max_overhead", "log_folder", "seed")
+PASSED_ON = ("tokens", "token_budget_mb", "max_overhead", "log_folder", "push_log", "seed")
 """Fields of `ProbeOptions` that are flags under their name."""
 DEFAULT_FAMILIES = ("chosen", "rejected", "other_train", "ungrammatical")
 
@@ -43,6 +43,7 @@ class WatchConfig:
         watch_tracker_tables: Send tables and curves to trackers that take them.
         watch_model_card: Add what moved to the model cards that the trainer writes.
         watch_log_folder: Run-log folder; None: `<output_dir>/dynamics`.
+        watch_push_log: Upload the run log with the model where the trainer pushes to the hub.
         watch_seed: Seed of the probes and of the sample of token tables.
 
     Raises:
@@ -96,6 +97,7 @@ class WatchConfig:
         },
     )
     watch_log_folder: str | None = like(ProbeOptions, "log_folder")
+    watch_push_log: bool = like(ProbeOptions, "push_log")
     watch_seed: Seed = field(
         default=0,
         metadata={"help": "Seed of the probes, and of the prompts whose token tables are kept."},

@@ -101,6 +101,7 @@ def score_checkpoints(
             encoded_as: dict[str, Any] = {}
             if run is not None:
                 encoded_as = {key: run.meta[key] for key in ("truncation", "rendering") if key in run.meta}
+            writer.claim()
             writer.start(
                 table,
                 {
@@ -149,7 +150,8 @@ def score_checkpoints(
         del model
         gc.collect()
     writer.update_meta(finished_at_step=steps[-1], token_probes="all")
-    return load_run(folder)
+    writer.close()
+    return load_run(writer.folder)
 
 
 def in_order(checkpoints: Sequence[str]) -> tuple[list[int], list[str]]:

@@ -265,10 +265,13 @@ class ProbeSet(Sequence[Probe]):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is truncated, foreign, or of a later version; it names the file.
+            ValueError: If the file is damaged, foreign, or of a later version; it names the file.
         """
         probes, dropped, metadata = storage.read_probes(Path(path))
-        return cls(probes, dropped=dropped, metadata=metadata)
+        try:
+            return cls(probes, dropped=dropped, metadata=metadata)
+        except ValueError as error:
+            raise ValueError(f"the probe set {path} cannot be read: {error}") from error
 
     # -- Changing it (into another) ------------------------------------------------------------------------------
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from llm_dynamics.files import DamagedFileError, read_parquet, write_parquet
 from llm_dynamics.probes.probe import DroppedProbe, Probe, Prompt
 
 FORMAT_KEY = b"llm_dynamics.probe_set"
@@ -64,12 +63,7 @@ def write_probes(
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the file to write, such as {path / 'probes.parquet'}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(table, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_parquet(path, table)
 
 
 HOW_TO_BUILD = "A probe set is built from preference pairs by `llm-dynamics probes build pairs.jsonl probes.parquet`."
@@ -80,35 +74,61 @@ def read_probes(path: Path) -> tuple[list[Probe], list[DroppedProbe], dict[str, 
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, is no probe set, or was written by a later version; it names the file.
+        ValueError: If the file is damaged, is no probe set, or was written by a later version; it names the file.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the file that a probe set was saved to")
     if not path.is_file():
         raise FileNotFoundError(f"No probe set at {path} (in {Path.cwd()}). {HOW_TO_BUILD}")
     try:
-        table = pq.read_table(path, memory_map=False)
-    except (pa.ArrowException, OSError) as error:
+        found = read_parquet(path)
+    except DamagedFileError as error:
         raise ValueError(
-            f"{path} is not a readable Parquet file (truncated, or something else): {error}. {HOW_TO_BUILD}"
+            f"{path} is not a readable Parquet file (truncated, damaged, or something else): {error}. {HOW_TO_BUILD}"
         ) from error
-    raw = (table.schema.metadata or {}).get(FORMAT_KEY)
+    raw = found.metadata.get(FORMAT_KEY)
     if raw is None:
         raise ValueError(
-            f"{path} is a Parquet file but no probe set; its columns are {table.column_names}. Read it with pandas and "
+            f"{path} is a Parquet file but no probe set; its columns are {found.schema.names}. Read it with pandas and "
             "pass the rows to ProbeSet.from_records."
         )
-    header = json.loads(raw)
-    if header["version"] > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} is a probe set of format {header['version']}; this version reads up to {FORMAT_VERSION}. "
-            "Update llm-dynamics."
-        )
-    probes = [_probe(row) for row in table.to_pylist()]
-    return probes, [DroppedProbe(**item) for item in header["dropped"]], header["metadata"]
+    wrong = [
+        f"{field.name} ({field.type})"
+        for field in SCHEMA
+        if field.name not in found.schema.names or found.schema.field(field.name).type != field.type
+    ]
+    try:
+        header = json.loads(raw)
+        if header["version"] > FORMAT_VERSION:
+            raise ValueError(
+                f"it has format {header['version']}; this version reads up to {FORMAT_VERSION}. Update llm-dynamics."
+            )
+        if wrong:
+            raise ValueError(f"missing or of another type: {', '.join(wrong)}")
+        probes = [_probe(row) for row in found.table.to_pylist()]
+        return probes, [DroppedProbe(**item) for item in header["dropped"]], dict(header["metadata"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error
+        raise ValueError(f"the probe set {path} cannot be read: {what}") from error
 
 
 def _probe(row: Mapping[str, Any]) -> Probe:
-    prompt: Prompt = tuple(json.loads(row["prompt"])) if row["prompt_is_chat"] else row["prompt"]
+    """Return the probe of a row of the file.
+
+    Raises:
+        ValueError: Where the row lacks what every probe has, or its chat is none.
+    """
+    missing = [name for name in ("probe_id", "prompt_id", "prompt", "response", "family") if row[name] is None]
+    if missing:
+        raise ValueError(f"probe {row['probe_id']!r} has no {', '.join(missing)}")
+    prompt: Prompt = row["prompt"]
+    if row["prompt_is_chat"]:
+        prompt = tuple(json.loads(row["prompt"]))
+        if not prompt or not all(isinstance(message, dict) and "role" in message for message in prompt):
+            raise ValueError(f"the prompt of probe {row['probe_id']!r} is no list of chat messages")
     ids = row["response_ids"]
+    if ids is not None and (None in ids or min(ids, default=0) < 0):
+        raise ValueError(f"the response_ids of probe {row['probe_id']!r} are no token ids: {ids[:8]}")
     return Probe(
         row["probe_id"],
         row["prompt_id"],

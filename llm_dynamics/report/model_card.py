@@ -41,7 +41,7 @@ def model_card_section(run: RunLog) -> str:
 
 
 def _families(run: RunLog) -> list[str]:
-    where = f"The run log is `{run.path.name}/`; `llm_dynamics.load_run` reads it."
+    where = f"The run log is `{run.path.name}/` in the folder of the run; `llm_dynamics.load_run` reads it."
     steps = sorted(run.sequences["step"].unique())  # of what could be read
     if len(steps) < 2:
         seen = f"Responses were observed once, at step {steps[0]}" if steps else "Nothing was observed in this run"

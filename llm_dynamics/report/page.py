@@ -19,6 +19,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from llm_dynamics.files import write_whole
 from llm_dynamics.report import content
 from llm_dynamics.report.figures import PANELS
 from llm_dynamics.report.glance import glance
@@ -41,9 +42,15 @@ def write_report(runs: RunLogs | RunLog, path: str | Path, *, title: str = "What
     Returns:
         The path of the file.
 
+    Raises:
+        RunLogError: Where a log is damaged.
+        ValueError: Where a folder, or a file that is no page, has this name; a page that is there is replaced whole.
+
     Example:
         >>> write_report(load_runs({"sft": "runs/sft", "dpo": "runs/dpo"}), "report.html")  # doctest: +SKIP
     """
+    path = Path(path)
+    _refuse_other_file(path)
     if isinstance(runs, RunLog):
         runs = RunLogs({runs.name: runs})
     tokens = token_section(runs)
@@ -76,10 +83,24 @@ def write_report(runs: RunLogs | RunLog, path: str | Path, *, title: str = "What
         token_data=Markup(tokens.data),
         version=_version(),
     )
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8", newline="\n")
+    write_whole(path, page.encode(errors="backslashreplace"))  # a lone surrogate is shown as its escape
     return path
+
+
+def _refuse_other_file(path: Path) -> None:
+    """Refuse to write over a file that is no page: a part of a log, a probe set, a checkpoint.
+
+    Raises:
+        ValueError: Where a folder or such a file is there.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the HTML file to write, such as {path / 'report.html'}")
+    if path.is_file():
+        with path.open("rb") as stream:
+            begins = stream.read(64)
+        if begins.strip() and not begins.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+            raise ValueError(f"{path} is there and no HTML page: it is not written over; give another name")
 
 
 def _policy(*scripts: str) -> str:

@@ -104,8 +104,8 @@ class _Places(dict[Any, int]):
 
 def _probes(name: str, run: RunLog) -> pd.DataFrame:
     table = run.probes[["probe_id", "prompt_id", "family"]].assign(run=name)
-    table["prompt"] = [visible(prompt_text(prompt)) for prompt in run.probes["prompt"].fillna("")]
-    table["response"] = [visible(response) for response in run.probes["response"].fillna("")]
+    table["prompt"] = [_shown(prompt_text(prompt)) for prompt in run.probes["prompt"].fillna("")]
+    table["response"] = [_shown(response) for response in run.probes["response"].fillna("")]
     moved = run.delta_from_start()
     last = moved[moved["step"] == moved["step"].max()].drop_duplicates("probe_id")
     return table.assign(change=table["probe_id"].map(last.set_index("probe_id")["delta_logp_sum"]))
@@ -116,6 +116,10 @@ def _texts(table: pd.DataFrame) -> Iterable[str]:
     for prompt, response in zip(table["prompt"], table["response"], strict=True):
         yield prompt
         yield response
+
+
+def _shown(text: str) -> str:
+    return visible(text[: LONGEST[0] + 1])  # one more than is kept, so that `_cut` sees that there is more
 
 
 def _cut(text: str, longest: int) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import unicodedata
+import re
 from typing import Any
 
 from llm_dynamics.frames import numbers
 
 _JSON_ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
-_BIDIRECTIONAL = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+# controls, bidirectional marks and overrides, lone surrogates; the joiners that many scripts need are not among them
+_ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _PICTURES = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
 
 
@@ -37,11 +38,11 @@ def for_plotly(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Replace what would act instead of being seen: control characters and bidirectional overrides.
+    """Replace what would act instead of being seen: control characters, bidirectional overrides, halves of surrogates.
 
     Line breaks and tabs stay.
     """
-    return "".join(char if char in "\n\t" or not _acts(char) else f"\\u{ord(char):04x}" for char in text)
+    return _ACTING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def token_label(token: str, longest: int = 14) -> str:
@@ -88,14 +89,10 @@ def prompt_line(prompt: str, longest: int = 90) -> str:
 
 def shortened(text: str, longest: int) -> str:
     """Return `text` on one line, visible and cut to `longest` characters."""
-    line = " ".join(visible(text).split())
-    return line if len(line) <= longest else f"{line[: longest - 1]}…"
+    text = text.lstrip()
+    line = " ".join(visible(text[: 16 * longest]).split())  # a text may have 50 MB
+    return line if len(line) <= longest and len(text) <= 16 * longest else f"{line[: longest - 1]}…"
 
 
 def _content(content: Any) -> str:
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-
-
-def _acts(char: str) -> bool:
-    # Cc: controls; Cf holds the bidirectional marks and overrides, but also the joiners that many scripts need
-    return unicodedata.category(char) == "Cc" or char in _BIDIRECTIONAL

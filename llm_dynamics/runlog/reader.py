@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from llm_dynamics.runlog import schema
 from llm_dynamics.runlog.blame import blame
@@ -21,6 +23,14 @@ OnError = Literal["raise", "warn"]
 
 _MAY_LACK = frozenset({**schema.ACCOUNT_TABLES, **schema.ROLLOUT_TABLES}) - {"influence", "accounts"} | {"tokens"}
 """Tables that a complete observation or account may be without: the token budget was spent, nobody asked for them."""
+_INDICES = ("position", "m", "l", "example", "question", "n_tokens")
+_BOUNDS: Mapping[str, Mapping[str, str]] = {
+    "tokens": {"position": "probe"},
+    "influence_tokens": {"position": "probe"},
+    "influence_maps": {"m": "probe", "l": "training", "example": "examples"},
+    "training_tokens": {"position": "training", "example": "examples"},
+}
+"""By table and column, what an index counts; all others are only checked to be no less than 0."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ class RunLog:
     @cached_property
     def probes(self) -> pd.DataFrame:
         """One row per probe; columns of `schema.PROBES`."""
-        return read_part(self.path / schema.PROBES_FILE, schema.PROBES).to_pandas()
+        return read_part(self.path / schema.PROBES_FILE, schema.PROBES, meta=self.meta).to_pandas()
 
     @cached_property
     def sequences(self) -> pd.DataFrame:
@@ -178,7 +188,7 @@ class RunLog:
         if table in self.__dict__:
             return self.__dict__[table][list(names)]
         if table == "probes":
-            return read_part(self.path / schema.PROBES_FILE, schema.PROBES, names).to_pandas()
+            return read_part(self.path / schema.PROBES_FILE, schema.PROBES, names, meta=self.meta).to_pandas()
         return self._read(table, names)
 
     def parts(
@@ -201,7 +211,8 @@ class RunLog:
             The part of each step as an Arrow table. A step without a part is passed over where the table may lack one.
 
         Raises:
-            RunLogError: Where a part is unreadable and the run was opened with `errors="raise"`.
+            RunLogError: Where a part is unreadable, or an index in it is beyond what the log says there is, and the run
+                was opened with `errors="raise"`.
         """
         if steps is None and table in schema.ROLLOUT_TABLES:
             steps = completed_steps(self.path, table)
@@ -212,7 +223,8 @@ class RunLog:
             if table in _MAY_LACK and not file.exists():
                 continue
             try:
-                part = read_part(file, schema.TABLES[table], columns, dictionaries=dictionaries)
+                part = read_part(file, schema.TABLES[table], columns, dictionaries=dictionaries, meta=self.meta)
+                self._check_indices(file, part)
             except RunLogError as error:
                 if self.errors == "raise":
                     hint = 'load_run(path, errors="warn") reads the rest.'
@@ -220,6 +232,45 @@ class RunLog:
                 warnings.warn(f"left out of {table}: {error}", stacklevel=4)
             else:
                 yield part
+
+    def _check_indices(self, file: Path, part: pa.Table) -> None:
+        """Refuse an index beyond the tokens or examples that there are: a page would make room for it.
+
+        Raises:
+            RunLogError: For the first such column; it names file and column.
+        """
+        bounds = _BOUNDS.get(file.parent.name, {})
+        for column in part.column_names:
+            if column not in _INDICES or not part.num_rows:
+                continue
+            least, most = pc.min_max(part[column]).as_py().values()
+            bound = self._counts(file.name)[bounds[column]] if column in bounds and most is not None else None
+            if least is not None and (least < 0 or (bound is not None and most >= bound)):
+                allowed = "from 0" if bound is None else f"from 0 to {bound - 1}"
+                raise RunLogError(f"{file} is damaged: column `{column}` holds {least} to {most}; allowed: {allowed}")
+
+    def _counts(self, part_name: str) -> Mapping[str, int | None]:
+        """Return how many tokens the longest probe and training example have, and how many examples the step has.
+
+        None where the table that says so cannot be read: asking for that table tells.
+        """
+        if part_name not in self._counted:
+            read = partial(read_part, meta=self.meta)
+            longest = tokens = examples = None
+            with contextlib.suppress(RunLogError):
+                ids = read(self.path / schema.PROBES_FILE, schema.PROBES, ["response_ids"])["response_ids"]
+                longest = pc.max(pc.list_value_length(ids)).as_py()
+            with contextlib.suppress(RunLogError):
+                file = self.path / "training_examples" / part_name
+                told = read(file, schema.TABLES["training_examples"], ["example", "n_tokens"])
+                tokens, last = pc.max(told["n_tokens"]).as_py(), pc.max(told["example"]).as_py()
+                examples = None if last is None else last + 1
+            self._counted[part_name] = {"probe": longest, "training": tokens, "examples": examples}
+        return self._counted[part_name]
+
+    @cached_property
+    def _counted(self) -> dict[str, dict[str, int | None]]:
+        return {}
 
     def _read(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
         tables = list(self.parts(name, columns=columns))

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import pyarrow as pa
 
@@ -33,6 +34,7 @@ SCHEMA_VERSION = 1
 FOLDER = "dynamics"
 META_FILE = "meta.json"
 PROBES_FILE = "probes.parquet"
+ERRORS_FILE = "errors.txt"
 
 PROBES = described(
     {
@@ -131,3 +133,8 @@ def part_step(name: str) -> int | None:
     """Return the step of a part by its file name, or None where `name` is not a part's name."""
     match = re.fullmatch(r"step_([0-9]{9,})\.parquet", name)
     return int(match[1]) if match else None
+
+
+def stamp(meta: Mapping[str, Any], table: str, step: int | None) -> dict[str, Any]:
+    """Return what a part says of where it belongs: run, probes, table and step (None for the probes table)."""
+    return {**{key: meta.get(key) for key in ("run_id", "probes_fingerprint")}, "table": table, "step": step}

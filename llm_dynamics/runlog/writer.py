@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from llm_dynamics.files import write_parquet, write_whole
 from llm_dynamics.runlog import schema
+from llm_dynamics.runlog.folder import FolderLock, beside, may_be_used, move_aside
 from llm_dynamics.runlog.parts import RunLogError, completed_steps, read_meta
 
 _IDENTITY = ("schema_version", "probes_fingerprint")
@@ -32,25 +33,45 @@ class RunLogWriter:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.meta: dict[str, Any] = {}
+        self._lock = FolderLock()
+
+    def claim(self) -> Path | None:
+        """Lock the folder for this run, until `close`; where a live run writes to it, take a new one beside it.
+
+        The same where the folder holds other things and no run log. `folder` is then the new one, such as `dynamics-2`.
+
+        Returns:
+            The folder that was not to be had, or None where it was.
+        """
+        asked = self.folder
+        while not (may_be_used(self.folder) and self._lock.take(self.folder)):
+            self.folder = beside(asked, "-{}", 2)
+        return None if self.folder == asked else asked
+
+    def close(self) -> None:
+        """Let other runs write to the folder."""
+        self._lock.release()
 
     def start(self, probes: pd.DataFrame, meta: Mapping[str, Any]) -> Path | None:
-        """Begin a new run log; one that is there already is moved aside, never overwritten.
+        """Begin a new run log; one that is there already is moved aside, never overwritten. What is not ours stays.
 
         Args:
             probes: The probes table, columns of `schema.PROBES`.
-            meta: What `meta.json` shall say; `schema_version` is added.
+            meta: What `meta.json` shall say; `schema_version` and `run_id` are added.
 
         Returns:
             Where the earlier run log now lies, or None where there was none.
         """
-        moved = None
-        if self.folder.exists() and any(self.folder.iterdir()):
-            moved = _free_name(self.folder)
-            self.folder.rename(moved)
+        locked = self._lock.held
+        moved = move_aside(self.folder)
+        if moved is not None and locked:  # the lock went with what was moved
+            self._lock.release()
+            self.claim()
         for table in schema.TABLES:
             (self.folder / table).mkdir(parents=True, exist_ok=True)
-        _write_table(self.folder / schema.PROBES_FILE, _to_arrow(probes, schema.PROBES))
-        self.meta = {"schema_version": schema.SCHEMA_VERSION, **meta}
+        self.meta = {"schema_version": schema.SCHEMA_VERSION, "run_id": uuid.uuid4().hex, **meta}
+        columns = _to_arrow(probes, schema.PROBES)
+        write_parquet(self.folder / schema.PROBES_FILE, columns, schema.stamp(self.meta, "probes", None))
         self.update_meta()
         return moved
 
@@ -82,7 +103,7 @@ class RunLogWriter:
             self._drop_after(step, {name: columns})
         for left_by_a_killed_writer in self.folder.rglob(".*.tmp"):
             left_by_a_killed_writer.unlink()
-        # What the first run decided stays: which probes keep their tokens, for one.
+        # What the first run decided stays: its id, and which probes keep their tokens.
         self.meta = {**_before(old, step), **new}
         self.update_meta(created=old.get("created"), resumed_at=[*old.get("resumed_at", []), step])
         return sorted(dropped)
@@ -110,11 +131,11 @@ class RunLogWriter:
             if frame is None:
                 (self.folder / name / part).unlink(missing_ok=True)
             else:
-                _write_table(self.folder / name / part, _to_arrow(frame.assign(step=step), columns))
-        row = pd.DataFrame([scalars()]).assign(step=step)
+                self._write(name, step, frame, columns)
+        row = pd.DataFrame([scalars()])
         metrics = [name for name in row.columns if name not in schema.STEPS.names]
         extended = pa.schema([*schema.STEPS, *(pa.field(name, pa.float64()) for name in metrics)])
-        _write_table(self.folder / "steps" / part, _to_arrow(row, extended))
+        self._write("steps", step, row, extended)
 
     def write_account(self, step: int, tables: Mapping[str, pd.DataFrame], account: Mapping[str, Any]) -> None:
         """Write the account of one optimizer step.
@@ -144,10 +165,10 @@ class RunLogWriter:
         (self.folder / "accounts" / part).unlink(missing_ok=True)  # not complete while it is replaced
         for name, columns in written.items():
             if name in tables:
-                _write_table(self.folder / name / part, _to_arrow(tables[name].assign(step=step), columns))
+                self._write(name, step, tables[name], columns)
             else:
                 (self.folder / name / part).unlink(missing_ok=True)
-        _write_table(self.folder / "accounts" / part, _to_arrow(row.assign(step=step), schema.ACCOUNTS))
+        self._write("accounts", step, row, schema.ACCOUNTS)
 
     def write_rollouts(self, step: int, tables: Mapping[str, pd.DataFrame]) -> None:
         """Write tables of `schema.ROLLOUT_TABLES` for one optimizer step; those of the same step are replaced.
@@ -161,8 +182,7 @@ class RunLogWriter:
         """
         schemas = {name: schema.ROLLOUT_TABLES[name] for name in tables}
         for name, columns in schemas.items():
-            frame = tables[name]
-            _write_table(self.folder / name / schema.part_name(step), _to_arrow(frame.assign(step=step), columns))
+            self._write(name, step, tables[name], columns)
 
     def exists(self) -> bool:
         """Tell whether there is a run log in the folder."""
@@ -201,10 +221,15 @@ class RunLogWriter:
     def update_meta(self, **changes: Any) -> None:
         """Set keys of `meta.json` and write it, atomically."""
         self.meta.update(changes)
-        _replace(
-            self.folder / schema.META_FILE,
-            (json.dumps(self.meta, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode(),
-        )
+        text = json.dumps(self.meta, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        # a lone surrogate, as of a folder whose name is no UTF-8, is written as the JSON escape that it is read from
+        write_whole(self.folder / schema.META_FILE, text.encode(errors="backslashreplace"))
+
+    def _write(self, table: str, step: int, frame: pd.DataFrame, columns: pa.Schema) -> None:
+        if not self.meta and self.exists():  # neither begun nor resumed here
+            self.meta = read_meta(self.folder)
+        file = self.folder / table / schema.part_name(step)
+        write_parquet(file, _to_arrow(frame.assign(step=step), columns), schema.stamp(self.meta, table, step))
 
 
 def _before(meta: Mapping[str, Any], step: int) -> dict[str, Any]:
@@ -226,28 +251,9 @@ def _to_arrow(frame: pd.DataFrame, columns: pa.Schema) -> pa.Table:
         # pandas' reading of NaN as "missing" must not reach floats: a NaN that was measured stays a NaN on disk
         from_pandas = not pa.types.is_floating(field.type)
         values = [None if value is pd.NA else value for value in frame[field.name].to_list()]
-        arrays.append(pa.array(values, type=field.type, from_pandas=from_pandas))
+        try:
+            arrays.append(pa.array(values, type=field.type, from_pandas=from_pandas))
+        except UnicodeEncodeError:  # a lone surrogate, which UTF-8 has not
+            texts = [text if text is None else text.encode(errors="backslashreplace").decode() for text in values]
+            arrays.append(pa.array(texts, type=field.type))
     return pa.Table.from_arrays(arrays, schema=columns)
-
-
-def _write_table(file: Path, table: pa.Table) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    _replace(file, sink.getvalue().to_pybytes())
-
-
-def _replace(file: Path, content: bytes) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-
-
-def _free_name(folder: Path) -> Path:
-    for number in range(1, 10_000):
-        candidate = folder.with_name(f"{folder.name}_before_{number:03d}")
-        if not candidate.exists():
-            return candidate
-    raise RunLogError(f"10,000 earlier run logs beside {folder}; delete some")

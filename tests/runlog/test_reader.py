@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_dynamics.files import write_parquet
 from llm_dynamics.runlog import RunLog, RunLogError, RunLogWriter, load_run, load_runs, schema
 
 from .logs import IDS, META, new_log, observe
@@ -219,7 +220,8 @@ def test_a_bad_probes_file_is_named_and_the_observations_stay_readable(log, spoi
 def test_columns_of_a_later_version_do_no_harm(log):
     file = log / "sequences" / schema.part_name(10)
     table = pq.ParquetFile(file).read()
-    pq.write_table(table.append_column("new_statistic", pa.array([1.0] * len(table))), file)
+    later = table.append_column("new_statistic", pa.array([1.0] * len(table)))
+    write_parquet(file, later, schema.stamp(load_run(log).meta, "sequences", 10))
     assert load_run(log).sequences["new_statistic"].isna().tolist() == [True, True, False, False, True, True]
 
 
