@@ -1,11 +1,20 @@
 """Contract with TRL and transformers: resuming, trackers and model cards, as `llm_dynamics/_trl.py` relies on them."""
 
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 from transformers import TrainerCallback
 from transformers.integrations import MLflowCallback, WandbCallback
+from transformers.utils.hub import hf_api
 from trl import GRPOTrainer
 
 from llm_dynamics import _trl
+from llm_dynamics.callbacks import watch
+from tests.callbacks.explained import short_probes
 from tests.callbacks.trackers import fake_mlflow, fake_wandb
 from tests.training import build_trainer, save_tiny_model
 
@@ -114,3 +123,49 @@ def test_trl_describes_a_method_by_name_and_paper(model_folder, tmp_path):
     assert f"trained with {name}" in card, "create_model_card writes elsewhere or otherwise"
     assert paper["citation"] in card
     assert paper["id"] in card
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """What would have been uploaded: the files of each `upload_folder` that no pattern leaves out."""
+    seen = []
+
+    def upload_folder(self, *, folder_path, ignore_patterns=None, **kwargs):
+        files = [file.relative_to(folder_path).as_posix() for file in Path(folder_path).rglob("*") if file.is_file()]
+        seen.append(set(filter_repo_objects(files, ignore_patterns=ignore_patterns)))
+        done = Future()
+        done.set_result(None)
+        return done if kwargs.get("run_as_future") else None
+
+    repo = SimpleNamespace(repo_id="me/model")
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **kwargs: repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("strategy", "push_log"),
+    [("end", False), ("every_save", False), ("all_checkpoints", False), ("all_checkpoints", True)],
+)
+def test_a_push_leaves_the_run_log_out_unless_it_is_asked_for(model_folder, tmp_path, uploads, strategy, push_log):
+    trainer = build_trainer(
+        "sft", model_folder, tmp_path, push_to_hub=True, hub_strategy=strategy, save_strategy="steps", save_steps=1,
+        max_steps=2,
+    )  # fmt: skip
+    (tmp_path / "dynamics_before_001").mkdir()
+    (tmp_path / "dynamics_before_001" / "meta.json").write_text("{}")
+    (tmp_path / "dynamics_of_fluids.txt").write_text("somebody's own")
+    watch(trainer, short_probes(), every=1, push_log=push_log, log_folder=None)
+    trainer.train()
+    trainer.push_to_hub()
+    whole = [files for files in uploads if "dynamics_of_fluids.txt" in files]
+    checkpoints = [files for files in uploads if "trainer_state.json" in files]
+    reason = "transformers does not upload through `hf_api().upload_folder` any more: see _trl.leave_out_of_pushes"
+    assert len(whole) == (1 if strategy == "end" else 3), reason
+    assert len(checkpoints) == (2 if "checkpoint" in strategy else 0), reason
+    for files in whole:
+        assert {name.split("/")[0] for name in files if "dynamics" in name} == (
+            {"dynamics", "dynamics_before_001", "dynamics_of_fluids.txt"} if push_log else {"dynamics_of_fluids.txt"}
+        ), reason
+        assert "model.safetensors" in files
+    assert not vars(hf_api()).keys() & {"upload_folder"}, "the shared HfApi is as it was"

@@ -1,4 +1,4 @@
-"""Files that are not what was written: a flipped bit, a part of elsewhere, an index beyond all bounds, a broken meta."""
+"""Files that are not what was written: a flipped bit, a part of elsewhere, an index beyond bounds, a broken meta."""
 
 import json
 import random
@@ -12,6 +12,7 @@ import pytest
 from llm_dynamics.files import read_parquet, write_whole
 from llm_dynamics.report import write_report
 from llm_dynamics.runlog import RunLogError, RunLogWriter, load_run, schema
+from llm_dynamics.runlog.parts import read_part
 
 from .logs import IDS, META, explain, influence_frame, new_log, observe, probes_frame
 
@@ -73,15 +74,19 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path, table):
     folder = full_log(tmp_path).folder
     file = file_of(folder, table)
     content = file.read_bytes()
-    draw = random.Random(table)
-    places = {draw.randrange(8 * len(content)) for _ in range(60)}
-    places |= {8 * place for place in range(content.rfind(b"llm_dynamics.stamp") - 4, len(content), 3)}  # the footer
+    draw, meta = random.Random(table), load_run(folder).meta
+    columns = schema.PROBES if table == "probes" else schema.TABLES[table]
+    places = [draw.randrange(8 * len(content)) for _ in range(60)]
+    footer = content.rfind(b"llm_dynamics.stamp")  # stamp and digest, then the schema and the length of the footer
+    places += [draw.randrange(8 * footer, 8 * len(content)) for _ in range(40)] + [8 * len(content) - 60]
     for place in places:
         flipped = bytearray(content)
         flipped[place // 8] ^= 1 << place % 8
         file.write_bytes(flipped)
         with pytest.raises(RunLogError, match=file.name):
-            table_of(folder, table)
+            read_part(file, columns, meta=meta)
+    with pytest.raises(RunLogError, match=file.name):
+        table_of(folder, table)
     file.write_bytes(content)
     table_of(folder, table)
 
@@ -230,8 +235,9 @@ def test_indices_are_read_without_bounds_where_the_table_that_gives_them_is_miss
 @pytest.mark.parametrize(
     "change",
     [
-        {"forms": "chat"}, {"forms": ["x"]}, {"trainer": 5}, {"trainer": {}}, {"finished_at_step": "ten"}, {"run_id": 7},
-        {"finished_at_step": True}, {"skipped_steps": 3}, {"resumed_at": {}}, {"tokens_end_at_step": [1]},
+        {"forms": "chat"}, {"forms": ["x"]}, {"trainer": 5}, {"trainer": {}}, {"finished_at_step": "x"},
+        {"finished_at_step": True}, {"skipped_steps": 3}, {"run_id": 7}, {"resumed_at": {}},
+        {"tokens_end_at_step": [1]},
     ],
 )  # fmt: skip
 def test_a_meta_whose_keys_hold_what_they_cannot_is_refused_by_key(tmp_path, change):
@@ -262,9 +268,9 @@ def test_a_deep_or_huge_meta_is_refused_in_one_line(tmp_path, kind):
 def test_half_a_surrogate_pair_ends_neither_log_nor_page(tmp_path):
     half = "half \ud83d of a smile"
     writer = RunLogWriter(tmp_path / "dynamics")
-    writer.start(probes_frame().assign(prompt=half), META | {"output_dir": "caf\udce9"})
+    writer.start(probes_frame().assign(prompt=pd.Series([half] * 2, dtype=object)), META | {"output_dir": "caf\udce9"})
     observe(writer, 0)
-    writer.write_account(1, {"influence": influence_frame().assign(family=half)}, {"rule": "midpoint"})
+    writer.write_account(1, {"influence": influence_frame()}, {"rule": "midpoint"})
     run = load_run(writer.folder)
     assert run.probes["prompt"][0] == "half \\ud83d of a smile"
     assert run.meta["output_dir"] == "caf\udce9"
