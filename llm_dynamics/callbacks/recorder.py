@@ -59,8 +59,12 @@ class Recorder:
                 self.log.folder,
             )
         if state.global_step > 0 and self.log.exists():
-            self.start = self._first_observation(state.global_step)
-            dropped = self.log.resume(state.global_step, meta)
+            try:
+                self.start = self._first_observation(state.global_step)
+                dropped = self.log.resume(state.global_step, meta)
+            except RunLogError:
+                self.log.close()  # a log that is refused is left as it is
+                raise
             if dropped:
                 logger.info("run log continued at step %d; dropped steps %s", state.global_step, dropped)
         else:

@@ -22,6 +22,8 @@ _VARIANTS = [
     for delta in (False, True)
 ]
 """What the switches of the page choose among: name, per token, change from start."""
+MAX_FAMILIES = 40
+"""Families whose curves are drawn; more are neither told apart by eye nor drawn in time by a browser."""
 
 
 def run_view(name: str, run: RunLog) -> dict[str, Any]:
@@ -52,14 +54,16 @@ def run_view(name: str, run: RunLog) -> dict[str, Any]:
 def script_data(runs: RunLogs) -> dict[str, Any]:
     """Return what `page.js` draws from, as plain JSON types."""
     curves, squeezing = {}, {}
+    drawn = _families(runs)[0]
     for name, run in runs.runs.items():
         curves[name] = {
-            variant: _traces(figures.curve_traces(family_curves(run, per_token=per_token, delta=delta)))
+            variant: _traces(figures.curve_traces(curve[curve["family"].isin(drawn)]))
             for variant, per_token, delta in _VARIANTS
+            for curve in [family_curves(run, per_token=per_token, delta=delta)]
         }
         frame = squeezing_curves(run)
         squeezing[name] = {panel.column: _traces(figures.panel_traces(frame, panel)) for panel in figures.PANELS}
-    styles = {family: style_of(family) for family in _families(runs)}
+    styles = {family: style_of(family) for family in drawn}
     return {
         "compares": any(len(run.observed_steps) > 1 for run in runs.runs.values()),
         "families": {family: {"light": style.light, "dark": style.dark} for family, style in styles.items()},
@@ -71,11 +75,12 @@ def script_data(runs: RunLogs) -> dict[str, Any]:
     }
 
 
-def legend(runs: RunLogs) -> list[dict[str, Any]]:
-    """Return the families of all runs by kind, for the legend."""
-    families = [{"name": family, **asdict(style_of(family))} for family in _families(runs)]
+def legend(runs: RunLogs) -> dict[str, Any]:
+    """Return the families that are drawn by kind, and how many are not, for the legend."""
+    drawn, left_out = _families(runs)
+    families = [{"name": family, **asdict(style_of(family))} for family in drawn]
     groups = [{"name": group, "members": [own for own in families if own["group"] == group]} for group in GROUPS]
-    return [group for group in groups if group["members"]]
+    return {"groups": [group for group in groups if group["members"]], "left_out": left_out}
 
 
 def _moved_rows(moved: pd.DataFrame) -> list[dict[str, Any]]:
@@ -93,5 +98,8 @@ def _traces(traces: Iterable[go.Scatter]) -> list[dict[str, Any]]:
     return [trace.to_plotly_json() for trace in traces]
 
 
-def _families(runs: RunLogs) -> list[str]:
-    return ordered({family for run in runs.runs.values() for family in family_curves(run)["family"]})
+def _families(runs: RunLogs) -> tuple[list[str], int]:
+    """Return the families that are drawn, and how many more there are."""
+    families = ordered({family for run in runs.runs.values() for family in family_curves(run)["family"]})
+    drawn = [family for place, family in enumerate(families) if place < MAX_FAMILIES or family == ARGMAX]
+    return drawn, len(families) - len(drawn)

@@ -8,11 +8,11 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llm_dynamics.callbacks import DisplacementCallback, watch
-from llm_dynamics.callbacks.moment_file import FILE
-from llm_dynamics.runlog import RunLogError, load_run
+from llm_dynamics.callbacks.moment_file import FILE, load_history
+from llm_dynamics.runlog import RunLogError, RunLogWriter, load_run, schema
 from tests.callbacks.explained import by_family, short_probes
 from tests.trainers.runs import Script
 from tests.trainers.runs import build as build_grpo
@@ -183,3 +183,87 @@ def test_a_log_that_does_not_fit_is_refused_with_both_shown_and_stays_as_it_is(
         trainer.train(resume_from_checkpoint=str(copy / "checkpoint-2"))
     assert [words for words in shown if words not in str(refused.value)] == []
     assert {file: file.read_bytes() for file in (copy / "dynamics").rglob("*.*")} == before
+
+
+# ---- damaged files --------------------------------------------------------------------------------------------------
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1  # of a tensor
+    file.write_bytes(content)
+
+
+def other_metadata(**about):
+    def spoil(file):
+        save_file(load_file(file), file, metadata=about)
+
+    return spoil
+
+
+DAMAGE = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-10]),
+    "empty": lambda file: file.write_bytes(b""),
+    "garbage": lambda file: file.write_bytes(b"\xff" * 100),
+    "a flipped bit": flip,
+    "no metadata": lambda file: save_file(load_file(file), file),
+    "entries are no JSON": other_metadata(entries="[", since="0"),
+    "entries are numbers": other_metadata(entries="[1, 2]", since="0"),
+    "no step": other_metadata(entries="[]", since="soon"),
+    "a tensor is missing": other_metadata(entries='[["up", "x"], ["up", "y"]]', since="0", digest="0"),
+}
+
+
+@pytest.mark.parametrize("spoil", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_moment_file_is_named_and_not_used(finished, model_folder, tmp_path, caplog, spoil):
+    shutil.copy(finished / "checkpoint-2" / FILE, tmp_path / FILE)
+    parameters = dict(build_trainer("sft", model_folder, tmp_path).model.named_parameters())
+    assert load_history(tmp_path, parameters) is not None
+    assert caplog.text == ""
+    spoil(tmp_path / FILE)
+    assert load_history(tmp_path, parameters) is None
+    assert f"{tmp_path / FILE} is damaged and is not used" in caplog.text
+
+
+def test_a_run_resumes_though_moment_file_and_first_part_are_damaged_and_loses_nothing_good(
+    model_folder, finished, tmp_path, caplog
+):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    flip(copy / "checkpoint-2" / FILE)
+    first = copy / "dynamics" / "sequences" / schema.part_name(0)
+    first.write_bytes(first.read_bytes()[:100])
+    kept = {file.name: file.read_bytes() for file in (copy / "dynamics" / "sequences").iterdir()}
+    resume(model_folder, copy)
+    assert f"{copy / 'checkpoint-2' / FILE} is damaged" in caplog.text
+    assert f"changes are not counted from step 0 of the run log: cannot read {first}" in caplog.text
+    after = {file.name: file.read_bytes() for file in (copy / "dynamics" / "sequences").iterdir()}
+    assert {name: after[name] for name in (schema.part_name(0), schema.part_name(2))} == {
+        name: kept[name] for name in (schema.part_name(0), schema.part_name(2))
+    }
+    run = load_run(copy, errors="warn")
+    with pytest.warns(UserWarning, match="step_000000000"):
+        _ = run.sequences
+    pd.testing.assert_series_equal(
+        run.sequences["logp_sum"], load_run(finished).sequences.query("step > 0")["logp_sum"].reset_index(drop=True)
+    )
+
+
+def test_a_run_in_the_folder_of_a_live_one_says_so_once(model_folder, tmp_path, caplog):
+    busy = RunLogWriter(tmp_path / "dynamics")
+    busy.claim()
+    prepare(model_folder, tmp_path, max_steps=1, save_strategy="no").train()
+    assert load_run(tmp_path / "dynamics-2").meta["finished_at_step"] == 1
+    said = [record for record in caplog.records if "another run that has not ended" in record.getMessage()]
+    assert len(said) == 1
+    assert str(tmp_path / "dynamics-2") in said[0].getMessage()
+    assert [entry.name for entry in (tmp_path / "dynamics").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("kind", ["thesis", "checkpoints", "empty name"])
+def test_a_log_folder_of_others_is_refused_when_watching_begins(model_folder, tmp_path, kind):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ("checkpoint-5" if kind == "checkpoints" else "thesis.txt")).touch()
+    trainer = build_trainer("sft", model_folder, tmp_path / "mine")
+    with pytest.raises(ValueError, match="log_folder"):
+        watch(trainer, short_probes(), log_folder="" if kind == "empty name" else tmp_path / "mine")
+    assert len(list((tmp_path / "mine").iterdir())) == 1

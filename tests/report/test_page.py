@@ -8,12 +8,15 @@ from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import llm_dynamics.report
-from llm_dynamics.report import write_report
+from llm_dynamics.report import text, write_report
+from llm_dynamics.report.content import MAX_FAMILIES, script_data
 from llm_dynamics.report.measured import measured
-from llm_dynamics.runlog import load_runs
+from llm_dynamics.report.text import shortened
+from llm_dynamics.runlog import RunLogs, RunLogWriter, load_run, load_runs
 
 from .synthetic import DPO_DELTA, HOSTILE, write_run, write_values
 from .unpacking import unpack_json
@@ -202,4 +205,59 @@ def test_report_loads_no_model_library():
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             assert not {name.split(".")[0] for name in names} & {"torch", "transformers", "trl", "peft"}
             ours = {name for name in names if name.startswith("llm_dynamics.")}
-            assert {name.split(".")[1] for name in ours} <= {"report", "runlog", "frames", "rules"}
+            assert {name.split(".")[1] for name in ours} <= {"files", "report", "runlog", "frames", "rules"}
+
+
+def many_families(folder, n, response="Ten."):
+    """A log of two observations in which each probe is a family of its own."""
+    writer = RunLogWriter(folder)
+    about = {"probe_id": [f"p/{i}" for i in range(n)], "prompt_id": "p", "family": [f"kind {i}" for i in range(n)]}
+    probes = {
+        "prompt": "How long?",
+        "response": response,
+        "prompt_ids": [[1]] * n,
+        "response_ids": [[4]] * n,
+        "n_cut": 0,
+    }
+    writer.start(pd.DataFrame(about | probes), {})
+    for step in (0, 1):
+        frame = pd.DataFrame(about | {"n_tokens": 1, "n_nonfinite": 0, "logp_sum": -1.0 - step})
+        writer.write(step, sequences=frame, tokens=None, scalars=dict)
+    return load_run(folder)
+
+
+def test_more_families_than_can_be_told_apart_are_not_drawn_and_counted(tmp_path):
+    run = many_families(tmp_path / "dynamics", 60)
+    page = write_report(run, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "20 more families are not drawn" in page
+    assert "kind 59" in page  # in the table
+    curves = script_data(RunLogs({"run": run}))["curves"]["run"]
+    assert all(len(traces) <= 2 * (MAX_FAMILIES + 1) for traces in curves.values())
+    few = many_families(tmp_path / "few", 3)
+    assert "more families are not drawn" not in write_report(few, tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_huge_text_is_cut_before_it_is_cleaned(tmp_path, monkeypatch):
+    cleaned = []
+    acting = text._ACTING
+
+    class Counting:
+        def sub(self, how, found):
+            cleaned.append(len(found))
+            return acting.sub(how, found)
+
+    monkeypatch.setattr(text, "_ACTING", Counting())
+    run = many_families(tmp_path / "dynamics", 2, response="x \x00" * 1_000_000)
+    assert write_report(run, tmp_path / "page.html").stat().st_size < 8e6
+    assert max(cleaned) < 50_000
+    assert shortened(" " * 10_000 + "a b", 5) == "a b"
+    assert shortened("a" + " " * 10_000 + "b", 5) == "a…"
+
+
+@pytest.mark.parametrize("content", [b"my thesis", b"PAR1", b'{"a": 1}', b"\x89PNG"])
+def test_a_file_that_is_no_page_is_not_written_over(tmp_path, content):
+    run = many_families(tmp_path / "dynamics", 2)
+    (tmp_path / "mine").write_bytes(content)
+    with pytest.raises(ValueError, match="no HTML page"):
+        write_report(run, tmp_path / "mine")
+    assert (tmp_path / "mine").read_bytes() == content
