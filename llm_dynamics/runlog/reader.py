@@ -27,10 +27,10 @@ _INDICES = ("position", "m", "l", "example", "question", "n_tokens")
 _BOUNDS: Mapping[str, Mapping[str, str]] = {
     "tokens": {"position": "probe"},
     "influence_tokens": {"position": "probe"},
-    "influence_maps": {"m": "probe", "l": "training", "example": "examples"},
-    "training_tokens": {"position": "training", "example": "examples"},
+    "influence_maps": {"m": "probe", "l": "training"},
+    "training_tokens": {"position": "training"},
 }
-"""By table and column, what an index counts; all others are only checked to be no less than 0."""
+"""By table and column, the tokens of what an index counts; all others, which are names, must be no less than 0."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class RunLog:
                 yield part
 
     def _check_indices(self, file: Path, part: pa.Table) -> None:
-        """Refuse an index beyond the tokens or examples that there are: a page would make room for it.
+        """Refuse an index beyond the tokens that there are: a page would make room for it.
 
         Raises:
             RunLogError: For the first such column; it names file and column.
@@ -250,22 +250,21 @@ class RunLog:
                 raise RunLogError(f"{file} is damaged: column `{column}` holds {least} to {most}; allowed: {allowed}")
 
     def _counts(self, part_name: str) -> Mapping[str, int | None]:
-        """Return how many tokens the longest probe and training example have, and how many examples the step has.
+        """Return how many tokens the longest probe and the longest training example of the step have.
 
         None where the table that says so cannot be read: asking for that table tells.
         """
         if part_name not in self._counted:
             read = partial(read_part, meta=self.meta)
-            longest = tokens = examples = None
+            longest = tokens = None
             with contextlib.suppress(RunLogError):
                 ids = read(self.path / schema.PROBES_FILE, schema.PROBES, ["response_ids"])["response_ids"]
                 longest = pc.max(pc.list_value_length(ids)).as_py()
             with contextlib.suppress(RunLogError):
                 file = self.path / "training_examples" / part_name
-                told = read(file, schema.TABLES["training_examples"], ["example", "n_tokens"])
-                tokens, last = pc.max(told["n_tokens"]).as_py(), pc.max(told["example"]).as_py()
-                examples = None if last is None else last + 1
-            self._counted[part_name] = {"probe": longest, "training": tokens, "examples": examples}
+                told = read(file, schema.TABLES["training_examples"], ["n_tokens"])
+                tokens = pc.max(told["n_tokens"]).as_py()
+            self._counted[part_name] = {"probe": longest, "training": tokens}
         return self._counted[part_name]
 
     @cached_property
