@@ -16,6 +16,7 @@ The parts are packed anew without column statistics and descriptions, which take
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import tempfile
@@ -153,8 +154,11 @@ def pack(source: Path, target: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix != ".parquet":
             shutil.copy(file, place)
+            if file.name == "meta.json":  # parts packed anew carry no stamp of the run, so it must not ask for one
+                meta = json.loads(file.read_text(encoding="utf-8"))
+                place.write_text(json.dumps(meta | {"run_id": None}, indent=2), encoding="utf-8")
             continue
-        table = pq.read_table(file)
+        table = pq.read_table(file).replace_schema_metadata(None)
         pq.write_table(
             table, place, compression="zstd", use_dictionary=False, write_statistics=False, store_schema=False
         )

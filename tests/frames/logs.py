@@ -14,7 +14,7 @@ SUMS = ("logp_sum", "argmax_logp_sum", "entropy_sum", "ref_logp_sum")
 def probes_frame(n_prompts=3, families=FAMILIES, **columns):
     rows = [
         {"probe_id": f"p{number}/{family}", "prompt_id": f"p{number}", "family": family, "prompt": f"Why {number}?",
-         "response": f"{family} {number}", "prompt_ids": [1, number], "response_ids": [2, 3], "n_cut": 0}
+         "response": f"{family} {number}", "prompt_ids": [1, number], "response_ids": [2, 3, 4, 5, 6], "n_cut": 0}
         for number in range(n_prompts) for family in families
     ]  # fmt: skip
     return pd.DataFrame(rows).assign(**columns)

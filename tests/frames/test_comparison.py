@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from llm_dynamics.frames import align, compare, delta, family_curves, prompt_interval, token_curves, what_moved
 from llm_dynamics.frames.comparison import COMPARE_COLUMNS
 from llm_dynamics.runlog import RunLogs, load_run, load_runs
+from tests.runlog.logs import as_before_stamps
 
 from .logs import assert_rows, probes_frame, random_log, same, value_log, write_log
 
@@ -154,6 +155,7 @@ FRAMES = {
 def test_stages_in_which_an_id_names_another_response_are_refused(name, tmp_path):
     sft = value_log(tmp_path / "sft", {"p/chosen": {0: -9, 5: -5}, "q/chosen": {0: -9, 5: -5}})
     dpo = value_log(tmp_path / "dpo", {"p/chosen": {0: -5, 5: -7}, "q/chosen": {0: -5, 5: -7}})
+    as_before_stamps(dpo.path)
     probes = pd.read_parquet(dpo.path / "probes.parquet")
     probes.loc[probes["probe_id"] == "p/chosen", "response"] = "another"
     pq.write_table(

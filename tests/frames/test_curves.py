@@ -9,6 +9,7 @@ import pytest
 from llm_dynamics.frames import STATISTICS, family_curves, ordered
 from llm_dynamics.runlog import RunLogs, RunLogWriter, load_run, load_runs, schema
 from llm_dynamics.runlog import reader as reader_module
+from tests.runlog.logs import as_before_stamps
 
 from .logs import assert_rows, probes_frame, random_log, value_log, write_log
 
@@ -207,6 +208,7 @@ def test_tables_in_memory_are_used_and_not_read_again(tmp_path):
 def test_a_column_that_only_some_parts_measured_is_a_gap_and_no_fault(tmp_path):
     run = random_log(tmp_path)
     part = tmp_path / "sequences" / schema.part_name(5)
+    as_before_stamps(tmp_path)
     table = pq.read_table(part)
     place = table.column_names.index("entropy_sum")
     nulls = schema.SEQUENCES.empty_table().column("entropy_sum").type

@@ -12,6 +12,7 @@ from llm_dynamics.frames import TOKEN_STATISTICS, grouped, ordered, token_curves
 from llm_dynamics.frames.grouped import group_stats
 from llm_dynamics.frames.tokens import BY
 from llm_dynamics.runlog import RunLogError, RunLogs, load_run, schema
+from tests.runlog.logs import as_before_stamps
 
 from .logs import FAMILIES, assert_rows, probes_frame, same, write_log
 
@@ -120,6 +121,7 @@ def test_the_change_counts_from_the_first_observation_that_kept_tokens(tmp_path)
 def test_a_token_without_a_start_is_left_out_and_counted(tmp_path):
     run = token_log(tmp_path)
     part = tmp_path / "tokens" / schema.part_name(0)
+    as_before_stamps(tmp_path)
     pq.write_table(pq.read_table(part).slice(1), part)
     last = token_curves(load_run(run.path), by="probe_id", delta=True).query("step == 10").set_index("probe_id")
     assert last.loc["p0/chosen", "n_nonfinite"] == 1
@@ -162,6 +164,7 @@ def test_runs_and_chains_count_as_in_every_frame(tmp_path):
 def test_a_part_of_many_row_groups_with_their_own_dictionaries_is_read_whole(tmp_path):
     run = token_log(tmp_path)
     before = token_curves(run, by="probe_id")
+    as_before_stamps(tmp_path)
     for part in (tmp_path / "tokens").iterdir():
         pq.write_table(pq.read_table(part), part, row_group_size=2)
     pd.testing.assert_frame_equal(token_curves(load_run(tmp_path), by="probe_id"), before)
@@ -179,6 +182,7 @@ def test_a_broken_part_is_named_or_passed_over_as_the_run_was_opened(tmp_path):
 
 def test_tokens_of_an_unknown_probe_are_named(tmp_path):
     run = token_log(tmp_path)
+    as_before_stamps(tmp_path)
     pq.write_table(pq.read_table(tmp_path / "probes.parquet").slice(1), tmp_path / "probes.parquet")
     with pytest.raises(ValueError, match=r"a probe that probes\.parquet lacks: 'p0/chosen'"):
         token_curves(load_run(run.path))

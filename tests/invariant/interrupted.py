@@ -55,14 +55,14 @@ def train_until(kind, where, threads, model_folder, output_dir, connection):
         connection.recv()  # which nobody sends
 
     if how == "before":
-        write_table = writer._write_table
+        write_table = writer.write_parquet
 
-        def write_or_block(path, table):
+        def write_or_block(path, table, stamp):
             if path == target:
                 block()
-            write_table(path, table)
+            write_table(path, table, stamp)
 
-        writer._write_table = write_or_block
+        writer.write_parquet = write_or_block
     else:
         fsync = os.fsync
 

@@ -13,6 +13,7 @@ from llm_dynamics.report.normal import normal_view
 from llm_dynamics.rules import judge
 from llm_dynamics.runlog import load_run, load_runs
 from llm_dynamics.runlog.schema import SEQUENCES, part_name
+from tests.runlog.logs import as_before_stamps
 
 from .reinforced import write_rollouts
 from .synthetic import HOSTILE, write_run, write_values
@@ -90,6 +91,7 @@ def test_a_verdict_that_hangs_on_a_few_prompts_says_so_on_the_page(tmp_path):
     values = {f"chosen-{i}": [-20.0, -21.0 if i < 7 else -19.0] for i in range(12)}
     run = write_values(tmp_path / "run", values | {f"rejected-{i}": [-30.0, -38.0] for i in range(12)}, steps=(0, 1))
     rows = run.sequences.assign(prompt_id=run.sequences["probe_id"].str.rsplit("-", n=1).str[1])
+    as_before_stamps(run.path)
     for step, part in rows.groupby("step"):
         table = pa.Table.from_pandas(part, schema=SEQUENCES, preserve_index=False)
         pq.write_table(table, run.path / "sequences" / part_name(step))

@@ -17,6 +17,7 @@ from llm_dynamics.report.token_blocks import (
 )  # fmt: skip
 from llm_dynamics.report.token_table import MIN_STEPS, TokenTable, read_token_table, thinned
 from llm_dynamics.runlog import RunLogError, load_run, schema
+from tests.runlog.logs import as_before_stamps
 
 from .synthetic import HOSTILE, write_run
 from .unpacking import read_varints, unpack_block
@@ -153,6 +154,7 @@ def test_rows_may_come_in_any_order_and_some_may_be_missing(tmp_path):
     whole = read_token_table(run)
     file = run.path / "tokens" / schema.part_name(5)
     rows = run.tokens.query("step == 5 and not (probe_id == 'rejected-1' and position == 3)")
+    as_before_stamps(run.path)
     rows.sample(frac=1, random_state=0).to_parquet(file, schema=schema.TOKENS)
     table = read_token_table(load_run(run.path))
     number = table.probe_ids.index("rejected-1")

@@ -1,6 +1,10 @@
 """Small run logs, made of numbers chosen here."""
 
+import json
+
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from llm_dynamics.runlog import RunLogWriter
 
@@ -118,3 +122,21 @@ def explain(writer, step, measured=-4.0, *, tables=(), **account):
         },
         {"rule": "midpoint", "explained": 0.99, "optimizer": "AdamW", **account},
     )
+
+
+def unsealed(file, **columns):
+    """Write the part as an earlier version would have: no stamp, no digest; `columns` replace its own."""
+    table = pq.ParquetFile(file).read().replace_schema_metadata(None)
+    for name, values in columns.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(name), pa.array(values, table.schema.field(name).type))
+    pq.write_table(table, file)
+
+
+def as_before_stamps(folder):
+    """Turn a log into one of an earlier version, whose parts tests may write as they like."""
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["run_id"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    for part in folder.rglob("*.parquet"):
+        unsealed(part)

@@ -5,7 +5,6 @@ import random
 import shutil
 
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,7 +13,7 @@ from llm_dynamics.report import write_report
 from llm_dynamics.runlog import RunLogError, RunLogWriter, load_run, schema
 from llm_dynamics.runlog.parts import read_part
 
-from .logs import IDS, META, explain, influence_frame, new_log, observe, probes_frame
+from .logs import IDS, META, as_before_stamps, explain, influence_frame, new_log, observe, probes_frame, unsealed
 
 TOKENS = pd.DataFrame(
     {"probe_id": IDS[0], "position": [0, 1], "cause": "up", "share": [0.25, 0.5], "measured": [0.5, 1.0]}
@@ -47,23 +46,6 @@ def table_of(path, table):
 
 def file_of(folder, table, step=1):
     return folder / schema.PROBES_FILE if table == "probes" else folder / table / schema.part_name(step)
-
-
-def unsealed(file, **columns):
-    """Write the part as an earlier version would have: no stamp, no digest; `columns` replace its own."""
-    table = pq.ParquetFile(file).read().replace_schema_metadata(None)
-    for name, values in columns.items():
-        place = table.schema.get_field_index(name)
-        table = table.set_column(place, table.schema.field(name), pa.array(values, table.schema.field(name).type))
-    pq.write_table(table, file)
-
-
-def without_run_id(folder):
-    meta = json.loads((folder / "meta.json").read_text())
-    del meta["run_id"]
-    (folder / "meta.json").write_text(json.dumps(meta))
-    for part in folder.rglob("*.parquet"):
-        unsealed(part)
 
 
 # ---- a bit that flips ------------------------------------------------------------------------------------------------
@@ -148,7 +130,7 @@ def test_a_part_without_a_stamp_is_refused_in_a_log_that_has_them(tmp_path):
 
 def test_a_log_from_before_stamps_stays_readable_and_takes_no_part_of_a_stamped_run(tmp_path):
     old, new = full_log(tmp_path / "old").folder, full_log(tmp_path / "new").folder
-    without_run_id(old)
+    as_before_stamps(old)
     for table in ("probes", *schema.TABLES):
         pd.testing.assert_frame_equal(table_of(old, table), table_of(new, table))
     shutil.copy(file_of(new, "tokens"), file_of(old, "tokens"))
@@ -159,7 +141,7 @@ def test_a_log_from_before_stamps_stays_readable_and_takes_no_part_of_a_stamped_
 @pytest.mark.parametrize("steps", [[0, 0], [1, 0], [1, None]])
 def test_a_step_column_that_disagrees_with_the_name_is_refused_even_where_it_is_not_asked_for(tmp_path, steps):
     folder = full_log(tmp_path).folder
-    without_run_id(folder)
+    as_before_stamps(folder)
     unsealed(file_of(folder, "sequences"), step=steps)
     with pytest.raises(RunLogError, match=r"sequences/step_000000001.*column `step`"):
         load_run(folder).columns("sequences", ["logp_sum"])
@@ -175,7 +157,7 @@ def test_a_resumed_run_keeps_its_id_and_its_new_parts_belong_to_it(tmp_path):
 
 
 def test_an_older_log_that_is_resumed_stays_readable(tmp_path):
-    without_run_id(full_log(tmp_path).folder)
+    as_before_stamps(full_log(tmp_path).folder)
     again = RunLogWriter(tmp_path)
     again.resume(1, META)
     observe(again, 2)
@@ -206,7 +188,7 @@ HUGE = 2**31 - 1
 )
 def test_an_index_beyond_what_the_log_has_is_refused_with_file_and_column(tmp_path, table, column, values):
     folder = full_log(tmp_path).folder
-    without_run_id(folder)
+    as_before_stamps(folder)
     unsealed(file_of(folder, table), **{column: values})
     with pytest.raises(RunLogError, match=rf"{table}/step_000000001\.parquet is damaged: column `{column}`"):
         getattr(load_run(folder), table)
@@ -214,7 +196,7 @@ def test_an_index_beyond_what_the_log_has_is_refused_with_file_and_column(tmp_pa
 
 def test_a_page_is_refused_before_room_is_made_for_a_token_that_is_not_there(tmp_path):
     folder = full_log(tmp_path).folder
-    without_run_id(folder)
+    as_before_stamps(folder)
     unsealed(file_of(folder, "influence_maps"), m=[0, 0, 1, HUGE])
     with pytest.raises(RunLogError, match="column `m`"):
         write_report(load_run(folder), tmp_path / "page.html")
