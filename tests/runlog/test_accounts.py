@@ -12,7 +12,7 @@ import pytest
 
 from llm_dynamics.runlog import RunLogError, RunLogWriter, load_run, load_runs, schema
 
-from .logs import META, explain, files_of, influence_frame, new_log, observe, training_tokens_frame
+from .logs import META, as_before_stamps, explain, files_of, influence_frame, new_log, observe, training_tokens_frame
 from .test_writer import crash_at_rename
 
 TOKENS = pd.DataFrame({"probe_id": "p0/chosen", "position": [0, 1], "cause": "up", "share": 0.5, "measured": -1.0})
@@ -314,6 +314,7 @@ def test_a_log_written_before_rows_were_kept_is_read_with_nulls_in_their_place(c
     writer = new_log(tmp_path)
     observe(writer, 1)
     explain(writer, 1)
+    as_before_stamps(tmp_path)
     part = tmp_path / "training_examples" / schema.part_name(1)
     old = pq.read_table(part)
     pq.write_table(old.drop_columns(["row"]), part)
