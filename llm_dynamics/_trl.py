@@ -6,6 +6,7 @@ Read against TRL 1.16.0 and transformers 5.23.0; each function here has a contra
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import get_json_schema
 from transformers.utils.hub import hf_api
 from trl import GRPOTrainer, RLOOTrainer
@@ -91,8 +93,28 @@ def log_row(trainer: Trainer, metrics: Mapping[str, float]) -> None:
         metrics: Finite values by name.
     """
     should_log = trainer.control.should_log
-    Trainer.log(trainer, dict(metrics))
-    trainer.control.should_log = should_log
+    try:
+        Trainer.log(trainer, dict(metrics))
+    finally:
+        trainer.control.should_log = should_log
+
+
+def tell_row(trainer: Trainer, row: Mapping[str, float], *, trackers: bool) -> None:
+    """Let the trackers of `report_to`, or all other callbacks, see a row at the trainer's current step.
+
+    Args:
+        trainer: Any trainer.
+        row: Finite values by name.
+        trackers: Whether to tell transformers' own integrations, or all callbacks but them.
+    """
+    handler, control = copy.copy(trainer.callback_handler), trainer.control
+    kinds = tuple(INTEGRATION_TO_CALLBACK.values())
+    handler.callbacks = [told for told in handler.callbacks if isinstance(told, kinds) == trackers]
+    should_log = control.should_log
+    try:
+        handler.on_log(trainer.args, trainer.state, control, dict(row))
+    finally:
+        control.should_log = should_log
 
 
 def rendering(trainer: Trainer) -> dict[str, Any]:
@@ -400,7 +422,9 @@ ROW = "row_of_generation"
 
 @contextmanager
 def recording_rollouts(
-    trainer: GRPOTrainer | RLOOTrainer, then: Callable[[Rollout, Tensor], None] | None = None
+    trainer: GRPOTrainer | RLOOTrainer,
+    then: Callable[[Rollout, Tensor], None] | None = None,
+    attempt: Callable[[Callable[[], None]], None] = lambda work: work(),
 ) -> Iterator[list[Rollout]]:
     """Record each generation of a GRPO or RLOO trainer, while the context is open.
 
@@ -408,6 +432,7 @@ def recording_rollouts(
         trainer: The trainer.
         then: Called with each micro-batch that is about to be trained on: the generation that it is from, and which of
             its local completions it holds, (b,); the weights are still those before the optimizer step.
+        attempt: Runs what is ours of a generation, within the trainer's own code; it may keep errors to itself.
 
     Yields:
         A list to which each generation is appended when it is scored; empty it to free the tensors.
@@ -422,22 +447,27 @@ def recording_rollouts(
     trained_on: list[Rollout] = []
 
     def calculate(*args: Any, **kwargs: Any) -> Tensor:
-        rewards[:] = [reward(*args, **kwargs)]
-        return rewards[0]
+        scored = reward(*args, **kwargs)
+        rewards[:] = [scored]
+        return scored
 
     def generate_and_score(inputs: list[dict[str, Any]]) -> dict[str, Any]:
         training = bool(trainer.model.training)  # type: ignore[union-attr]
         batch = generate(inputs)
-        rollouts.append(Rollout(list(inputs), dict(batch), rewards.pop(), training))
-        if training and then is not None:
-            trained_on[:] = rollouts[-1:]
-            ids = batch["completion_ids"]
-            batch[ROW] = torch.arange(len(ids), device=ids.device)
+
+        def keep() -> None:
+            rollouts.append(Rollout(list(inputs), dict(batch), rewards.pop(), training))
+            if training and then is not None:
+                trained_on[:] = rollouts[-1:]
+                ids = batch["completion_ids"]
+                batch[ROW] = torch.arange(len(ids), device=ids.device)
+
+        attempt(keep)
         return batch
 
     def prepare_inputs(inputs: Any) -> Any:
         batch = prepare(inputs)
-        if then is not None and trainer.model.training:  # type: ignore[union-attr]
+        if then is not None and trainer.model.training and ROW in batch:  # type: ignore[union-attr]
             then(trained_on[0], batch[ROW])
         return batch
 

@@ -10,14 +10,15 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer, RLOOTrainer
 
 from llm_dynamics import _trl
-from llm_dynamics.callbacks.metrics import finite_only
+from llm_dynamics.callbacks.guard import GuardedCallback, OnError
+from llm_dynamics.callbacks.log_rows import LogRows
 from llm_dynamics.callbacks.probe import ProbeCallback, watcher_of
 from llm_dynamics.callbacks.refusals import refuse_unscorable
-from llm_dynamics.callbacks.sharding import gather_frames
+from llm_dynamics.callbacks.sharding import gather_frames, on_every_process
 from llm_dynamics.likelihood import (
     SplitModel,
     count_forwards,
@@ -46,6 +47,7 @@ class DisplacementOptions:
         every: Optimizer steps between measured ones.
         correct_from: Reward, weighted and summed over the reward functions, from which on a response is correct.
         eps: Nats below which a question's Delta counts as lazy.
+        on_error: As for `ProbeCallback`.
 
     Raises:
         ValueError: For a value that is not allowed; the message names the field and what is.
@@ -54,12 +56,13 @@ class DisplacementOptions:
     every: Count = DEFAULT_EVERY
     correct_from: float = CORRECT_FROM
     eps: Amount = 0.0
+    on_error: OnError = "warn"
 
     def __post_init__(self) -> None:
         check_options(self)
 
 
-class DisplacementCallback(TrainerCallback):
+class DisplacementCallback(GuardedCallback):
     """Measures by how much a step raises the likelihood of the correct responses in its own batch.
 
     At measured steps, the correct responses that the step is taken on, of mixed questions (some correct, some wrong),
@@ -77,7 +80,7 @@ class DisplacementCallback(TrainerCallback):
     Args:
         trainer: A `GRPOTrainer` or `RLOOTrainer`, or any built on them.
         every: Optimizer steps between measured ones.
-        **options: Further fields of `DisplacementOptions`: correct_from, eps.
+        **options: Further fields of `DisplacementOptions`: correct_from, eps, on_error.
 
     Raises:
         TypeError: For other trainers.
@@ -87,6 +90,8 @@ class DisplacementCallback(TrainerCallback):
     Example:
         >>> trainer.add_callback(DisplacementCallback(trainer, every=10))  # doctest: +SKIP
     """
+
+    part = "measuring displacement"
 
     def __init__(
         self,
@@ -106,6 +111,8 @@ class DisplacementCallback(TrainerCallback):
         refuse_unscorable(trainer)
         self.trainer = trainer
         self.every, self.correct_from, self.eps = chosen.every, chosen.correct_from, chosen.eps
+        self.on_error = chosen.on_error
+        self.rows = LogRows(trainer)
         self._open = ExitStack()
         self._rollouts: list[_trl.Rollout] = []
         self._taken: list[tuple[_trl.Rollout, Tensor]] = []  # the micro-batches of the step, not yet scored
@@ -114,13 +121,28 @@ class DisplacementCallback(TrainerCallback):
         self._pending: list[dict[str, Any]] | None = None
         self._responses: list[Any] = []
 
+    def due(self, event: str, state: TrainerState, control: TrainerControl) -> bool:
+        """Tell whether an event has anything to do."""
+        return {
+            "on_step_begin": self.rows.holds,
+            "on_pre_optimizer_step": bool(self._taken) or self._kept is not None,
+            "on_step_end": self._pending is not None,
+        }.get(event, True)
+
+    def let_go(self) -> None:
+        """Stop recording."""
+        self._forget()
+        self._open.close()
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin to record generations."""
         self._open.close()
         self._forget()
-        self._rollouts = self._open.enter_context(_trl.recording_rollouts(self.trainer, then=self._take))
+        self.rows.forget()
+        recording = _trl.recording_rollouts(self.trainer, then=self._take, attempt=self.amid_training)
+        self._rollouts = self._open.enter_context(recording)
         with evaluating(self._model), self.trainer.accelerator.autocast():
             self._split = split_model(self._model)
 
@@ -129,6 +151,13 @@ class DisplacementCallback(TrainerCallback):
     ) -> None:
         """Stop recording."""
         self._open.close()
+        self.rows.release(at_end=True)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Bring the rows that were held back into the trainer's log, if it has one of its own."""
+        self.rows.release()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -140,20 +169,15 @@ class DisplacementCallback(TrainerCallback):
         """Score them again after the step, write and log."""
         rows, responses = self._pending, self._responses
         self._forget()
-        if rows is None:
-            return
+        assert rows is not None  # see `due`
         begun = time.monotonic()
         mine = pd.DataFrame(rows, columns=_COLUMNS).assign(logp_after=self._sums(responses, rows))
         frame = gather_frames(mine.drop(columns="counted"), "order")
-        watcher = self._watcher
-        if watcher is not None and state.is_world_process_zero:
+        watcher = self.watcher
+        if watcher is not None and watcher.opened and state.is_world_process_zero:
             watcher.recorder.log.write_rollouts(state.global_step, {"displacements": frame})
         self._count(begun)
-        metrics = finite_only(displacement_metrics(frame, self.eps))
-        if args.logging_strategy != IntervalStrategy.NO and not (
-            control.should_log and _trl.add_to_next_row(self.trainer, metrics)
-        ):
-            _trl.log_row(self.trainer, metrics)
+        self.rows.add(displacement_metrics(frame, self.eps))
 
     # ---- measuring --------------------------------------------------------------------------------------------------
 
@@ -164,13 +188,13 @@ class DisplacementCallback(TrainerCallback):
         self._numbered.clear()
 
     def _take(self, rollout: _trl.Rollout, rows: Tensor) -> None:
-        """Note a micro-batch that the step is taken on."""
+        """Note a micro-batch that the step is taken on; called within the trainer's own code."""
         self._rollouts.clear()
-        if self.trainer.state.global_step % self.every:
+        if self.trainer.state.global_step % self.every or self.failed_at is not None:
             return
         self._taken.append((rollout, rows))
         if self.trainer.is_deepspeed_enabled:  # which takes the step in the backward pass, before any callback is told
-            self._score_before()
+            self.attempt(self.trainer.state, self._score_before)
 
     def _score_before(self) -> None:
         if not self._taken:
@@ -192,11 +216,12 @@ class DisplacementCallback(TrainerCallback):
         return self.trainer.model
 
     @property
-    def _watcher(self) -> ProbeCallback | None:
+    def watcher(self) -> ProbeCallback | None:
+        """The callback that keeps the run log, if there is one."""
         return watcher_of(self.trainer)
 
     def _count(self, begun: float) -> None:
-        watcher = self._watcher
+        watcher = self.watcher
         if watcher is not None:
             watcher.clock.add(time.monotonic() - begun)
 
@@ -213,7 +238,7 @@ class DisplacementCallback(TrainerCallback):
             first=trainer.accelerator.process_index * len(mask),
             count=len(mask),
             rewards=_trl.summed_rewards(trainer, rollout.rewards_per_func).cpu(),
-            lengths=trainer.accelerator.gather(mask.sum(dim=1)).cpu(),
+            lengths=torch.cat(on_every_process(mask.sum(dim=1).cpu())),
             correct_from=self.correct_from,
         )
         if not any(rollout is other for other in self._numbered):
@@ -246,8 +271,7 @@ class DisplacementCallback(TrainerCallback):
         assert self._split is not None, "a run begins with on_train_begin"
         forwards = None
         if is_sharded(self._model):  # all processes run as many forwards as the one with most
-            mine = torch.tensor([count_forwards(self._split, responses)], device=self.trainer.accelerator.device)
-            forwards = int(self.trainer.accelerator.gather(mine).max())
+            forwards = max(on_every_process(count_forwards(self._split, responses)))
         if not responses:
             idle_forwards(self._model, self._split, forwards or 0, autocast)
             return []

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
+import torch
 from datasets import Dataset
+from torch import nn
 from transformers import Trainer
 
 from llm_dynamics import _trl
@@ -27,6 +30,28 @@ def warn_of_finished_training(trainer: Trainer) -> None:
             "`llm-dynamics score`",
             done,
         )
+
+
+def replay_causes(model: nn.Module, mixed_precision: str) -> str:
+    """Name what is seen of a model that makes a replayed forward differ from the one in training.
+
+    Args:
+        model: The trained model.
+        mixed_precision: The accelerator's.
+
+    Returns:
+        The causes, for a message.
+    """
+    config: Any = getattr(model, "config", None)
+    drops = any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in model.modules())
+    causes = {
+        "dropout (its masks are drawn again, which fused kernels do not allow)": drops
+        or (getattr(config, "attention_dropout", 0) or 0) > 0,
+        f"mixed precision ({mixed_precision})": mixed_precision != "no",
+        "weights of half precision": any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()),
+    }
+    seen = [cause for cause, holds in causes.items() if holds]
+    return ", ".join(seen) or "none of dropout and low precision, so the model draws random numbers, or keeps a state"
 
 
 def warn_of_other_form(trainer: Trainer, probes: ProbeSet) -> None:

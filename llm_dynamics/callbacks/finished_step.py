@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from llm_dynamics.callbacks.sharding import agree
 from llm_dynamics.influence import LossTape, UpdateSplit, measured_change, path_gradient
 from llm_dynamics.influence.update import checksum, copied
 from llm_dynamics.kernel.derivatives import ResponseLogps
@@ -34,6 +35,11 @@ class StepWeights:
         self.begun_at: dict[str, Tensor] | None = None
         self.note: str | None = None
         self._stepped: list[Tensor] | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next step's begin is to be compared with what the last one left."""
+        return self._stepped is not None
 
     def between_steps(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
         """Compare the weights, as a step begins, with those that the explained step before it left."""
@@ -151,5 +157,6 @@ class FinishedStep:
         if gradient is None:
             gradient = {name: torch.zeros_like(precise(value)) for name, value in self.before.items()}
         if self.accelerator.num_processes > 1:
+            agree()
             gradient = {name: self.accelerator.reduce(value, "sum") for name, value in gradient.items()}
         return gradient

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import IntervalStrategy, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm_dynamics import _trl
+from llm_dynamics.callbacks.doubts import replay_causes
 from llm_dynamics.callbacks.finished_step import FinishedStep, StepWeights
+from llm_dynamics.callbacks.guard import GuardedCallback, OnError
 from llm_dynamics.callbacks.influence_maps import account_of_tokens
 from llm_dynamics.callbacks.influence_settings import InfluenceSettings
-from llm_dynamics.callbacks.metrics import finite_only
+from llm_dynamics.callbacks.log_rows import LogRows
+from llm_dynamics.callbacks.moment_file import FILE as HISTORY_FILE
 from llm_dynamics.callbacks.moment_file import load_history, save_history
-from llm_dynamics.callbacks.probe import ProbeCallback
+from llm_dynamics.callbacks.probe import ProbeCallback, require_open_log
 from llm_dynamics.callbacks.probe_account import ProbeAccount, account_of_probes, explained_by_gradient
 from llm_dynamics.callbacks.refusals import refuse_underivable, refuse_unexplainable
 from llm_dynamics.callbacks.roles import role_labelling
@@ -47,7 +50,7 @@ REPLAY_TOLERANCE = {"no": 1e-3, "bf16": 0.3}
 """Nats by which a replayed log-prob may differ from the one in training before a warning, by mixed precision."""
 
 
-class InfluenceCallback(TrainerCallback):
+class InfluenceCallback(GuardedCallback):
     """Explains what optimizer steps did to the probes: at the first step, every `every` steps, and at the last.
 
     At an explained step, the tap on the loss splits the gradient by the labels of training tokens (`LossTape`), the
@@ -71,6 +74,7 @@ class InfluenceCallback(TrainerCallback):
         probes: What to explain; where the trainer has no `ProbeCallback` for them, one is added, since it keeps the
             run log.
         every: Optimizer steps between explained ones.
+        on_error: As for `ProbeCallback`; watching goes on where explaining ended.
         **options: Further fields of `InfluenceSettings`: rule, detail, families, training_tokens, tokens_every,
             map_probes, split_by, history, compare_gradient.
 
@@ -84,7 +88,18 @@ class InfluenceCallback(TrainerCallback):
         >>> trainer.add_callback(InfluenceCallback(trainer, probes, every=100))  # doctest: +SKIP
     """
 
-    def __init__(self, trainer: Trainer, probes: ProbeSet, every: int = DEFAULT_EVERY, **options: Any) -> None:
+    part = "explaining steps"
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        probes: ProbeSet,
+        every: int = DEFAULT_EVERY,
+        *,
+        on_error: OnError = "warn",
+        **options: Any,
+    ) -> None:
+        self.on_error = checked("on_error", OnError, on_error)
         settings = InfluenceSettings(every=every, **options)
         if not isinstance(trainer, Trainer):
             raise TypeError(f"trainer must be a transformers or TRL trainer; seen {type(trainer).__name__}")
@@ -92,8 +107,9 @@ class InfluenceCallback(TrainerCallback):
         if any(isinstance(other, InfluenceCallback) for other in trainer.callback_handler.callbacks):
             raise ValueError("the trainer has an InfluenceCallback, and two would tap each other: give one all probes")
         self.trainer = trainer
-        self.watcher = _watcher(trainer, probes, every)
+        self.watcher = _watcher(trainer, probes, every, on_error)
         refuse_underivable(trainer, self.watcher.encoded, self.watcher.split)
+        self.rows = LogRows(trainer, self.watcher.rows.suffix)
         self.settings = settings.of_probes(self.watcher.table)
         self.roles, self.row_of = role_labelling(trainer), DatasetRows(trainer)
         split_by = settings.split_by
@@ -115,16 +131,45 @@ class InfluenceCallback(TrainerCallback):
 
     # ---- events -------------------------------------------------------------------------------------------------
 
+    def due(self, event: str, state: TrainerState, control: TrainerControl) -> bool:
+        """Tell whether an event has anything to do."""
+        taps = self._tape is not None
+        return {
+            "on_step_begin": taps
+            or self._due(state)
+            or self.history is not None
+            or self._weights.waits
+            or self.rows.holds,
+            "on_pre_optimizer_step": taps,
+            "on_optimizer_step": taps and self._before is not None,
+            "on_step_end": taps or self._pending is not None,
+            "on_save": self.history is not None,
+        }.get(event, True)
+
+    def let_go(self) -> None:
+        """Take the tap off the model."""
+        tape = self._tape
+        try:
+            self._close()
+        finally:
+            self._tape = self._before = self._pending = None
+            self._weights = StepWeights()
+            if tape is not None:
+                tape.__exit__(None, None, None)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note in the run log what will be explained."""
+        self._close()
+        self._pending, self._seen_a_loss = None, False
+        self.rows.forget()
+        require_open_log(self.watcher)
         if self.history is not None:
             self._begin_history(state)
         if self.watcher.split.backbone is None and (self.settings.training_tokens or self.settings.mapped):
             logger.warning(
-                "%s computes its logits in an unknown way: training batches cannot be replayed, so no training tokens "
-                "and no own shares are told",
+                "the training batches of %s cannot be replayed: training_tokens and own_share will not be recorded",
                 type(self.watcher.split.model).__name__,
             )
         if state.is_world_process_zero:
@@ -135,12 +180,14 @@ class InfluenceCallback(TrainerCallback):
     ) -> None:
         """Tap the loss of a step that will be explained."""
         self._close()
+        self.rows.release()
         model = self.trainer.model
         assert model is not None
-        self._weights.between_steps(trainable_parameters(model), state.global_step)
+        parameters = trainable_parameters(model)
+        self._weights.between_steps(parameters, state.global_step)
         if not self._due(state) and self.history is None:
             return
-        self._tape = LossTape(model, self.labelling, parameters=trainable_parameters(model))
+        self._tape = LossTape(model, self.labelling, parameters=parameters, attempt=self.amid_training)
         self._open.enter_context(self._tape)
         self._clip = self._open.enter_context(_trl.recording_clip(self.trainer))
         self._weights.begin(self._tape.parameters)
@@ -149,8 +196,7 @@ class InfluenceCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Copy what the step is about to overwrite."""
-        if self._tape is None:
-            return
+        assert self._tape is not None  # see `due`
         begun = time.monotonic()
         self._open.close()
         if not self._seen_a_loss:
@@ -163,10 +209,10 @@ class InfluenceCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Explain the step that was just taken."""
-        if self._tape is None or self._before is None:
-            return
         begun = time.monotonic()
         tape, before = self._tape, self._before
+        assert tape is not None
+        assert before is not None  # see `due`
         self._tape = self._before = None
         average_weights(self.trainer.accelerator, tape.parts, before.weights)
         factor, norm = self._clip or (1.0, float("nan"))
@@ -197,11 +243,7 @@ class InfluenceCallback(TrainerCallback):
             return
         if state.is_world_process_zero:
             self.watcher.recorder.log.write_account(state.global_step, pending["tables"], pending["account"])
-        if args.logging_strategy == IntervalStrategy.NO:
-            return
-        metrics = finite_only(pending["metrics"])
-        if not (control.should_log and _trl.add_to_next_row(self.trainer, metrics)):
-            _trl.log_row(self.trainer, metrics)
+        self.rows.add(pending["metrics"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the labels of momentum with the checkpoint, which has the optimizer's state without them."""
@@ -214,6 +256,7 @@ class InfluenceCallback(TrainerCallback):
     ) -> None:
         """Remove every hook."""
         self._close()
+        self.rows.release(at_end=True)
 
     # ---- explaining -----------------------------------------------------------------------------------------------
 
@@ -226,7 +269,10 @@ class InfluenceCallback(TrainerCallback):
         assert self.trainer.model is not None
         loaded = None
         if state.global_step > 0 and self._resumed_from:
-            loaded = load_history(self._resumed_from[0], trainable_parameters(self.trainer.model))
+            try:
+                loaded = load_history(self._resumed_from[0], trainable_parameters(self.trainer.model))
+            except Exception as error:  # whatever a damaged file gives rise to
+                logger.warning("%s cannot be read: %s", self._resumed_from[0] / HISTORY_FILE, error)
         if not all(on_every_process(loaded is not None)):
             loaded = None
             if state.global_step > 0:
@@ -315,8 +361,9 @@ class InfluenceCallback(TrainerCallback):
         if tokens.replay_error > REPLAY_TOLERANCE["bf16" if step.coarse else "no"]:
             logger.warning(
                 "replaying the training batch gave log-probs up to %.2g nats from those in training: the shares of "
-                "training tokens are off by as much (attention dropout in a fused kernel, or a model that is random)",
+                "training tokens are off by as much. Seen here: %s",
                 tokens.replay_error,
+                replay_causes(step.model, self.trainer.accelerator.mixed_precision),
             )
         return tokens
 
@@ -336,9 +383,9 @@ def _shares(probes: ProbeAccount) -> dict[str, float]:
     return metrics | {"influence/explained": probes.explained}
 
 
-def _watcher(trainer: Trainer, probes: ProbeSet, every: int) -> ProbeCallback:
+def _watcher(trainer: Trainer, probes: ProbeSet, every: int, on_error: OnError) -> ProbeCallback:
     """Return the trainer's callback that watches `probes`, or a new one where there is none."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ProbeCallback) and callback.probes.fingerprint() == probes.fingerprint():
             return callback
-    return ProbeCallback(trainer, probes, every)
+    return ProbeCallback(trainer, probes, every, on_error=on_error)

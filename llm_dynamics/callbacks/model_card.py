@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,19 @@ def describe_in_model_card(trainer: Trainer) -> None:
 def append_dynamics(trainer: Trainer) -> None:
     """Put `model_card_section` at the end of the run's model card, where the run is watched and its log can be read.
 
-    A section that stands there already is replaced. Only the first process writes.
+    A section that stands there already is replaced. Only the first process writes. Whatever fails is a warning: the
+    trainer's own card stays as it is.
 
     Args:
         trainer: The trainer, whose card is `<output_dir>/README.md`.
     """
+    try:
+        _append(trainer)
+    except Exception as error:
+        logger.warning("the model card says nothing of the learning dynamics (%s: %s)", type(error).__name__, error)
+
+
+def _append(trainer: Trainer) -> None:
     from llm_dynamics.report.model_card import HEADING, model_card_section  # loads plotly, which training need not
 
     watcher = watcher_of(trainer)
@@ -44,9 +53,6 @@ def append_dynamics(trainer: Trainer) -> None:
         return
     if not (watcher.log_folder / schema.META_FILE).is_file():
         return
-    try:
-        section = model_card_section(load_run(watcher.log_folder))
-        text = card.read_text(encoding="utf-8").split(f"\n{HEADING}\n")[0].rstrip("\n")
-        write_whole(card, f"{text}\n\n{section}".encode(errors="backslashreplace"))
-    except (OSError, ValueError) as error:  # a damaged log, a card in another encoding, a full disk
-        logger.warning("the model card says nothing of the learning dynamics: %s", error)
+    section = model_card_section(load_run(watcher.log_folder))
+    text = card.read_text(encoding="utf-8").split(f"\n{HEADING}\n")[0].rstrip("\n")
+    write_whole(card, f"{text}\n\n{section}".encode(errors="backslashreplace"))

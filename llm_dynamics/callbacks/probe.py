@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,16 +12,18 @@ from typing import Any
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
-from transformers import IntervalStrategy, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from llm_dynamics import _trl
 from llm_dynamics.callbacks.doubts import warn_of_finished_training, warn_of_other_form
+from llm_dynamics.callbacks.guard import GuardedCallback, LogNotOpened
+from llm_dynamics.callbacks.log_rows import LogRows
 from llm_dynamics.callbacks.metadata import describe_run
-from llm_dynamics.callbacks.metrics import finite_only, observation_metrics
+from llm_dynamics.callbacks.metrics import observation_metrics
 from llm_dynamics.callbacks.probe_options import ProbeOptions
 from llm_dynamics.callbacks.recorder import Recorder
 from llm_dynamics.callbacks.reference import Reference
-from llm_dynamics.callbacks.refusals import refuse_unscorable
+from llm_dynamics.callbacks.refusals import refuse_replaced_model, refuse_unscorable, refuse_unwritable
 from llm_dynamics.callbacks.schedule import Clock
 from llm_dynamics.callbacks.sharding import broadcast, gather_frames, share_of
 from llm_dynamics.likelihood import (
@@ -42,14 +45,15 @@ from llm_dynamics.runlog.folder import checked_folder, log_patterns
 logger = logging.getLogger(__name__)
 
 
-class ProbeCallback(TrainerCallback):
+class ProbeCallback(GuardedCallback):
     """Observes how likely every probe response is: at the start, every `every` steps, and at the end.
 
     Watching changes nothing: weights, losses, random state and module modes are those of the run without it, bit for
     bit. Each observation goes to the run log, `<output_dir>/dynamics`, and its family means into the trainer's own log
     rows (`probe/<family>_logp`, `probe/<family>_delta`, `probe/argmax_logp`, `probe/margin`,
     `squeeze/<family>_<statistic>`, `dynamics/overhead`): next to the loss where the trainer logs the observed step,
-    else in a row of their own at that step.
+    else in a row of their own at that step, never before the trainer's own first row. Further callbacks of one trainer
+    put `.<name>` after the names of their metrics.
 
     Works with `SFTTrainer`, `DPOTrainer`, `KTOTrainer`, `GRPOTrainer`, `RLOOTrainer` and a plain `Trainer` with a
     causal LM; on several data-parallel processes (DDP, FSDP2, ZeRO), each scores a share of the probes.
@@ -59,19 +63,23 @@ class ProbeCallback(TrainerCallback):
         probes: What to watch.
         every: Optimizer steps between observations.
         **options: Further fields of `ProbeOptions`: tokens, max_overhead, token_budget_mb, squeeze_strength, reference,
-            batch_tokens, log_folder, push_log, seed.
+            batch_tokens, log_folder, push_log, seed, name, on_error.
 
     Raises:
         TypeError: Where `trainer` is not a trainer or `probes` not a `ProbeSet`.
         ValueError: For arguments out of range, or probes that cannot be tokenised.
         NotImplementedError: For what cannot be watched: reward models, FSDP1, models without an LM head.
+        OSError: Where no run log can be written to the folder.
 
     Example:
         >>> trainer.add_callback(ProbeCallback(trainer, probes, every=25))  # doctest: +SKIP
     """
 
+    part = "observing probes"
+
     def __init__(self, trainer: Trainer, probes: ProbeSet, every: int = 25, **options: Any) -> None:
         self.options = ProbeOptions(every, **options)
+        self.on_error = self.options.on_error
         if not isinstance(trainer, Trainer):
             raise TypeError(f"trainer must be a transformers or TRL trainer; seen {type(trainer).__name__}")
         if not isinstance(probes, ProbeSet):
@@ -105,9 +113,16 @@ class ProbeCallback(TrainerCallback):
         self.share = share_of(self.encoded, trainer.args.process_index, trainer.args.world_size)
         default = Path(trainer.args.output_dir or ".") / schema.FOLDER
         folder = checked_folder(default if self.options.log_folder is None else self.options.log_folder)
-        for other in trainer.callback_handler.callbacks:
-            if isinstance(other, ProbeCallback) and other.log_folder.resolve() == folder.resolve():
+        self.name = re.sub(r"[^A-Za-z0-9_-]+", "_", self.options.name or folder.name)
+        others = [other for other in trainer.callback_handler.callbacks if isinstance(other, ProbeCallback)]
+        for other in others:
+            if other.log_folder.resolve() == folder.resolve():
                 raise ValueError(f"another ProbeCallback writes to {folder}: give this one its own log_folder=")
+            if other.name == self.name:
+                raise ValueError(f"another ProbeCallback is named {self.name!r}: give this one a name= for its metrics")
+        if trainer.is_world_process_zero():
+            refuse_unwritable(folder)
+        self.rows = LogRows(trainer, f".{self.name}" if others else "")
         self.recorder = Recorder(
             folder,
             self.table,
@@ -122,6 +137,12 @@ class ProbeCallback(TrainerCallback):
         self._token_probes: set[str] = set()
         self._start: dict[str, float] = {}
         self._observed: int | None = None
+        self.opened = False
+
+    @property
+    def watcher(self) -> ProbeCallback:
+        """Itself: it keeps the run log."""
+        return self
 
     @property
     def log_folder(self) -> Path:
@@ -143,13 +164,23 @@ class ProbeCallback(TrainerCallback):
 
     # ---- events -------------------------------------------------------------------------------------------------
 
+    def due(self, event: str, state: TrainerState, control: TrainerControl) -> bool:
+        """Tell whether an event has anything to do."""
+        step = state.global_step
+        if event == "on_step_begin":
+            return self.rows.holds
+        if event == "on_step_end":
+            return step >= state.max_steps > 0 or step % self.every == 0
+        return event != "on_epoch_end" or (control.should_training_stop and self._observed != step)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the run log, new or continued, and observe."""
-        self.clock = Clock()
+        self.clock, self.opened = Clock(), False
         self._observed = None
         self.reference.begin()
+        self.rows.forget()
         self.split = self._split_model()  # the trainer may have wrapped or changed the model since
         if state.is_world_process_zero:
             if state.global_step > 0 and self.recorder.log.exists():
@@ -160,28 +191,34 @@ class ProbeCallback(TrainerCallback):
         opened = (self.recorder.token_probes, self.recorder.start, self.recorder.log.steps()[-1:])
         self._token_probes, self._start, observed = broadcast(opened)
         self.reference.source = broadcast(self.reference.source)
+        self.opened = True
         if observed:
             self._observed = observed[0]  # a resumed run goes on where its log ends
         else:
-            self._observe(state, control)
+            self._observe(state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Bring the rows that were held back into the trainer's log, if it has one of its own."""
+        self.rows.release()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Observe every `every` steps, and after the last."""
-        last = state.global_step >= state.max_steps > 0
-        if last or (state.global_step % self.every == 0 and self._affordable(state)):
-            self._observe(state, control)
+        if state.global_step >= state.max_steps > 0 or self._affordable(state):
+            self._observe(state)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Observe the end of a run that was stopped within an epoch, while its trackers are still open."""
-        if control.should_training_stop and self._observed != state.global_step:
-            self._observe(state, control)
+        self._observe(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Observe the end of a run that stopped early, and close the log."""
+        self.rows.release(at_end=True)
         if self._observed != state.global_step:
             if args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 logger.warning(
@@ -190,7 +227,7 @@ class ProbeCallback(TrainerCallback):
                     state.global_step,
                 )
             else:
-                self._observe(state, control)
+                self._observe(state)
         if state.is_world_process_zero:
             self.recorder.log.update_meta(finished_at_step=state.global_step)
             self.recorder.log.close()
@@ -207,10 +244,10 @@ class ProbeCallback(TrainerCallback):
             self.recorder.skip(state.global_step, self.options.max_overhead)
         return affordable
 
-    def _observe(self, state: TrainerState, control: TrainerControl) -> None:
+    def _observe(self, state: TrainerState) -> None:
+        refuse_replaced_model(self.trainer)
         begun = time.monotonic()
         first = self._observed is None
-        self._observed = state.global_step
         sequences, tokens = self._score(state)
         if state.is_world_process_zero:
             self.reference.complete(state.global_step, self.recorder.log, sequences, tokens)
@@ -229,13 +266,8 @@ class ProbeCallback(TrainerCallback):
             self.clock.record(time.monotonic() - begun)
         if not first:
             metrics["dynamics/overhead"] = self.clock.overhead
-        metrics = finite_only(broadcast(metrics))
-        if self.trainer.args.logging_strategy == IntervalStrategy.NO:
-            return
-        # beside the loss where this very step has a row; else in a row of its own, so that it stands at its step
-        beside_the_loss = control.should_log and not first
-        if not (beside_the_loss and _trl.add_to_next_row(self.trainer, metrics)):
-            _trl.log_row(self.trainer, metrics)
+        self._observed = state.global_step
+        self.rows.add(broadcast(metrics), at_start=first)
 
     def _score(self, state: TrainerState) -> tuple[pd.DataFrame, pd.DataFrame]:
         share = [self.encoded[i] for i in self.share]
@@ -290,6 +322,25 @@ class ProbeCallback(TrainerCallback):
         return tqdm(
             total=total, desc=f"Observing probes at step {state.global_step}", leave=False, disable=hidden, delay=2
         )
+
+
+def require_open_log(watcher: ProbeCallback) -> None:
+    """Check that a callback which adds to another's run log finds it open.
+
+    Args:
+        watcher: The callback that keeps the run log.
+
+    Raises:
+        RuntimeError: Where it was removed from the trainer.
+        LogNotOpened: Where it failed to open the log.
+    """
+    if watcher not in watcher.trainer.callback_handler.callbacks:
+        raise RuntimeError(
+            "the ProbeCallback that keeps the run log was removed from the trainer: remove the callbacks that add to "
+            "its log as well, or add it again"
+        )
+    if not watcher.opened:
+        raise LogNotOpened("the run log was not opened")
 
 
 def watcher_of(trainer: Trainer) -> ProbeCallback | None:

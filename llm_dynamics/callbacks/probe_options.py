@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from llm_dynamics.callbacks.guard import OnError
 from llm_dynamics.likelihood.scoring import DEFAULT_BATCH_TOKENS
 from llm_dynamics.options import LARGEST, Amount, Count, Limit, Seed, Share, check_options
 
@@ -30,6 +31,9 @@ class ProbeOptions:
         log_folder: Run-log folder; None: `<output_dir>/dynamics`.
         push_log: Let `push_to_hub` upload the run log, which holds prompts, responses and local paths, with the model.
         seed: Seed of the sample of `token_budget_mb`.
+        name: Name of this probe set among several of the trainer; None: that of the log folder.
+        on_error: "warn": an error in watching, once training has begun, ends the part of the watching that it came up
+            in, with a warning, and training goes on. "raise": it ends the run.
 
     Raises:
         ValueError: For a value that is not allowed; the message names the field and what is.
@@ -57,6 +61,14 @@ class ProbeOptions:
         metadata={"help": "With push_to_hub, also upload the run log: prompts, responses and local paths."},
     )
     seed: Seed = field(default=0, metadata={"help": "Seed of the prompts whose token tables are kept."})
+
+    name: str | None = None
+    on_error: OnError = field(
+        default="warn",
+        metadata={
+            "help": "What an error in watching ends: the part that it came up in ('warn'), or the run ('raise')."
+        },
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

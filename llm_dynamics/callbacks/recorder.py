@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 class Recorder:
     """Writes one run's observations, within the token budget.
 
+    Attributes:
+        first: The sequences table of the first observation, with its step; None before it.
+        last: That of the last one which this process wrote.
+
     Args:
         folder: The run-log folder.
         table: The probes table, columns of `schema.PROBES`.
@@ -35,6 +39,10 @@ class Recorder:
         self.table = table
         self.token_probes: set[str] = set()
         self.start: dict[str, float] = {}
+        self.first: pd.DataFrame | None = None
+        self.last: pd.DataFrame | None = None
+        self._token_bytes = self._largest_part = self._rows_read = 0
+        self._last_row: dict[str, Any] = {}
         self._tokens = tokens
         self._budget_mb = token_budget_mb
         self._seed = seed
@@ -50,7 +58,7 @@ class Recorder:
         Raises:
             RunLogError: Where a run is resumed with other probes than its log has.
         """
-        self.start = {}
+        self.start, self.first, self.last, self._last_row, self._rows_read = {}, None, None, {}, 0
         busy = self.log.claim()
         if busy is not None:
             logger.warning(
@@ -60,13 +68,15 @@ class Recorder:
             )
         if state.global_step > 0 and self.log.exists():
             try:
-                self.start = self._first_observation(state.global_step)
+                self.first = self._first_observation(state.global_step)
                 dropped = self.log.resume(state.global_step, meta)
             except RunLogError:
                 self.log.close()  # a log that is refused is left as it is
                 raise
             if dropped:
                 logger.info("run log continued at step %d; dropped steps %s", state.global_step, dropped)
+            if self.first is not None:
+                self.start = dict(zip(self.first["probe_id"], self.first["logp_sum"], strict=True))
         else:
             if state.global_step > 0:
                 logger.warning(
@@ -83,6 +93,8 @@ class Recorder:
             kept = self._choose_token_probes((state.max_steps - state.global_step) // every + 2)
             self.log.update_meta(token_probes=kept)
         self.token_probes = set(self.table["probe_id"]) if kept == "all" else set(kept)
+        sizes = self.log.part_bytes("tokens")  # counted once: an observation's time must not grow with their number
+        self._token_bytes, self._largest_part = sum(sizes), max(sizes, default=0)
 
     def write(
         self,
@@ -96,11 +108,11 @@ class Recorder:
         first: bool,
     ) -> None:
         """Write one observation, and count its time from `begun` (`time.monotonic()`) to the end of writing."""
-        size = self.log.table_bytes("tokens") + max(self.log.part_bytes("tokens"), default=0)  # with one more part
+        size = self._token_bytes + self._largest_part  # with one more part
         keeps_tokens = bool(len(tokens)) and size <= self._budget_mb * 1e6
-        last_row: dict[str, Any] = {}
-        for row in state.log_history:
-            last_row.update({key: row[key] for key in ("loss", "learning_rate", "grad_norm") if key in row})
+        for row in state.log_history[self._rows_read :]:
+            self._last_row.update({key: row[key] for key in ("loss", "learning_rate", "grad_norm") if key in row})
+        self._rows_read = len(state.log_history)
 
         def scalars() -> dict[str, Any]:
             seconds = time.monotonic() - begun
@@ -113,11 +125,17 @@ class Recorder:
                 "n_probes": len(sequences),
                 "n_response_tokens": int(sequences["n_tokens"].sum()),
                 "n_nonfinite": int(sequences["n_nonfinite"].sum()),
-                **last_row,
+                **self._last_row,
                 **metrics,
             }
 
         self.log.write(state.global_step, sequences=sequences, tokens=tokens if keeps_tokens else None, scalars=scalars)
+        self.last = sequences.assign(step=state.global_step)
+        if self.first is None:
+            self.first = self.last
+        if keeps_tokens:
+            part = (self.log.folder / "tokens" / schema.part_name(state.global_step)).stat().st_size
+            self._token_bytes, self._largest_part = self._token_bytes + part, max(self._largest_part, part)
         if len(tokens) and not keeps_tokens and "tokens_end_at_step" not in self.log.meta:
             logger.warning("token_budget_mb=%g is used up: no more token tables", self._budget_mb)
             self.log.update_meta(tokens_end_at_step=state.global_step)
@@ -131,18 +149,16 @@ class Recorder:
         )
         self.log.update_meta(skipped_steps=[*self.log.meta.get("skipped_steps", []), step])
 
-    def _first_observation(self, step: int) -> dict[str, float]:
-        """Return the summed log-probs of the first observation up to `step` that can be read."""
+    def _first_observation(self, step: int) -> pd.DataFrame | None:
+        """Return the sequences table of the first observation up to `step` that can be read."""
         meta = read_meta(self.log.folder)
         for done in self.log.steps():
             file = self.log.folder / "sequences" / schema.part_name(done)
             try:
-                first = read_part(file, schema.SEQUENCES, meta=meta).to_pandas() if done <= step else None
+                return read_part(file, schema.SEQUENCES, meta=meta).to_pandas() if done <= step else None
             except RunLogError as error:
                 logger.warning("changes are not counted from step %d of the run log: %s", done, error)
-                continue
-            return {} if first is None else dict(zip(first["probe_id"], first["logp_sum"], strict=True))
-        return {}
+        return None
 
     def _choose_token_probes(self, observations: int) -> list[str] | str:
         if not self._tokens:

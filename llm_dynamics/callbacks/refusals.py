@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from trl import RewardTrainer
 from llm_dynamics import _trl
 from llm_dynamics.kernel.derivatives import ResponseLogps
 from llm_dynamics.likelihood import SplitModel
+from llm_dynamics.likelihood.head import unwrap_model
 from llm_dynamics.likelihood.packing import TokenizedResponse
 from llm_dynamics.likelihood.preserve import evaluating
 
@@ -149,3 +152,44 @@ def _noting_layers(model: nn.Module) -> Iterator[list[tuple[nn.Module, str]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Check that a run log can be written to a folder, by writing to it or to the nearest folder above that exists.
+
+    Args:
+        folder: The run-log folder; it need not exist.
+
+    Raises:
+        NotADirectoryError: Where a file stands in its place, or in that of a folder above.
+        OSError: Where nothing can be written there; the message names the folder.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"the run log cannot be written to {folder}: {there} is a file. Choose a log_folder=")
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"the run log cannot be written to {folder} ({error.strerror}). Choose a log_folder="
+        ) from error
+
+
+def refuse_replaced_model(trainer: Trainer) -> None:
+    """Check that the model that is watched is the one that is trained.
+
+    Args:
+        trainer: The trainer, once training has begun.
+
+    Raises:
+        RuntimeError: Where `trainer.model` was replaced and the trainer goes on with the old one.
+    """
+    trained: Any
+    watched: Any
+    trained, watched = trainer.accelerator.unwrap_model(trainer.model_wrapped), trainer.model
+    if unwrap_model(trained) is not unwrap_model(watched):
+        raise RuntimeError(
+            "trainer.model was replaced, and the trainer trains the model that it was built with (its model_wrapped): "
+            "build a trainer with the model that is to be trained"
+        )

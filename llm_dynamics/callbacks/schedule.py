@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 
@@ -21,8 +22,8 @@ class Clock:
 
     @property
     def overhead(self) -> float:
-        """Seconds watching / seconds training so far."""
-        return self.watching / self.training
+        """Seconds watching / seconds training so far; NaN before the clock has seen any training."""
+        return self.watching / self.training if self.training > 0 else math.nan
 
     def record(self, seconds: float) -> float:
         """Count an observation that took `seconds`; return the seconds of training since the one before it."""

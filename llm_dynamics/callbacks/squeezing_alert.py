@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from llm_dynamics import _trl
-from llm_dynamics.callbacks.probe import watcher_of
+from llm_dynamics.callbacks.guard import GuardedCallback
+from llm_dynamics.callbacks.probe import ProbeCallback, require_open_log, watcher_of
 from llm_dynamics.callbacks.sharding import broadcast
 from llm_dynamics.options import Count, Limit, checked
 from llm_dynamics.rules import is_squeezing
-from llm_dynamics.runlog import load_run
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +25,12 @@ _ALERTS: Mapping[str, Callable[[Any, str, str], None]] = {
 """Trackers that have alerts, and how one is sent to the run that is open."""
 
 
-class SqueezingAlert(TrainerCallback):
+class SqueezingAlert(GuardedCallback):
     """Judges each observation of the trainer's `ProbeCallback` by the rule `squeezing` (`llm_dynamics.rules`).
 
     When it is found first, one warning with the numbers that decide goes to the log, and to the alerts of wandb or
     trackio where the run reports there (`report_to`). With `stop_on="squeezing"` training stops at the end of that
-    step. A tracker that fails stops nothing.
+    step. A tracker that fails stops nothing. `on_error` is that of the `ProbeCallback`.
 
     Attributes:
         found_at: The step at which it was found first; None before.
@@ -39,6 +39,7 @@ class SqueezingAlert(TrainerCallback):
         trainer: A trainer that is watched: `watch(trainer, probes)` comes first.
         stop_on: "squeezing" stops the run when it is found; None only warns.
         patience: Consecutive observations that must find it.
+        watcher: Whose observations are judged, where several watch the trainer; None: the first.
 
     Raises:
         ValueError: Where the trainer is not watched, or for arguments out of range.
@@ -47,21 +48,38 @@ class SqueezingAlert(TrainerCallback):
         >>> trainer.add_callback(SqueezingAlert(trainer, stop_on="squeezing"))  # doctest: +SKIP
     """
 
-    def __init__(self, trainer: Trainer, *, stop_on: Literal["squeezing"] | None = None, patience: int = 1) -> None:
-        watcher = watcher_of(trainer)
+    part = "judging observations"
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        stop_on: Literal["squeezing"] | None = None,
+        patience: int = 1,
+        watcher: ProbeCallback | None = None,
+    ) -> None:
+        watcher = watcher or watcher_of(trainer)
         if watcher is None:
             raise ValueError("the trainer is not watched: call watch(trainer, probes) before adding SqueezingAlert")
-        self.watcher = watcher
+        self.trainer, self.watcher, self.on_error = trainer, watcher, watcher.on_error
         self.stop_on = checked("stop_on", Annotated[str | None, Limit(choices=("squeezing",))], stop_on)
         self.patience = checked("patience", Count, patience)
         self.found_at: int | None = None
         self._row = 0
         self._judged: int | None = None
 
+    def due(self, event: str, state: TrainerState, control: TrainerControl) -> bool:
+        """Tell whether an event has anything to do: an observation that was made at this very step."""
+        return event == "on_train_begin" or (
+            self.watcher.observed_step == state.global_step != self._judged
+            and (event != "on_epoch_end" or control.should_training_stop)
+        )
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Forget an earlier run."""
+        require_open_log(self.watcher)
         self.found_at, self._row, self._judged = None, 0, None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -73,8 +91,7 @@ class SqueezingAlert(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Judge the observation of a run that was stopped between two others, while its trackers are still open."""
-        if control.should_training_stop:
-            self._judge(state)
+        self._judge(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -84,8 +101,6 @@ class SqueezingAlert(TrainerCallback):
 
     def _judge(self, state: TrainerState) -> bool:
         """Tell whether the last `patience` observations found it, the last of them at this very step."""
-        if self.watcher.observed_step != state.global_step or self._judged == state.global_step:
-            return False
         self._judged = state.global_step
         # the main process alone has the log; what it finds must stop all
         found, evidence = broadcast(self._finding() if state.is_world_process_zero else None) or (False, "")
@@ -99,7 +114,8 @@ class SqueezingAlert(TrainerCallback):
         return True
 
     def _tell(self, step: int, evidence: str) -> None:
-        title = f"step {step}: squeezing"
+        suffix = self.watcher.rows.suffix
+        title = f"step {step}: squeezing" + (f" ({suffix[1:]})" if suffix else "")
         text = (
             f"{evidence}. Negative gradients on unlikely responses do this: extend first (SFT on both responses), "
             "lower the learning rate, or stop"
@@ -113,8 +129,8 @@ class SqueezingAlert(TrainerCallback):
                     logger.warning("%s did not take the alert (%s: %s)", name, type(error).__name__, error)
 
     def _finding(self) -> tuple[bool, str] | None:
-        """Compare the first observation with the last, the only ones read: a long log has hundreds."""
-        run = load_run(self.watcher.log_folder, errors="warn")
-        steps = run.observed_steps
-        parts = [part.to_pandas() for part in run.parts("sequences", sorted({steps[0], steps[-1]}))]
-        return is_squeezing(pd.concat(parts, ignore_index=True)) if len(parts) > 1 else None
+        """Compare the first observation with the last."""
+        first, last = self.watcher.recorder.first, self.watcher.recorder.last
+        if first is None or last is None or first is last:
+            return None
+        return is_squeezing(pd.concat([first, last], ignore_index=True))

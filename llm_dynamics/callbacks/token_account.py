@@ -9,12 +9,11 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from llm_dynamics.callbacks.finished_step import FinishedStep
 from llm_dynamics.callbacks.probe_account import REMAINDER
-from llm_dynamics.callbacks.sharding import gather_frames, sum_over_processes, union_over_processes
+from llm_dynamics.callbacks.sharding import gather_frames, on_every_process, sum_over_processes, union_over_processes
 from llm_dynamics.callbacks.training_examples import TrainingExamples, describe_examples
 from llm_dynamics.influence import MicroBatch, TokenInfluence, influence_of_training_tokens, inner_products
 from llm_dynamics.influence.tape import Labelling
@@ -136,7 +135,7 @@ class TokenAccountant:
             own=self._own_shares(families),
             missed={key: share - float(sums[key][0]) for key, share in whole.items()},
             size={key: float(both[1]) for key, both in sums.items()},
-            replay_error=max(gather_object([self.replay_error])),
+            replay_error=max(on_every_process(self.replay_error)),
         )
 
     def _influence(self, batches: Sequence[MicroBatch], gradient: Mapping[str, Tensor]) -> TokenInfluence:
@@ -199,7 +198,7 @@ class TokenAccountant:
         """Return M x L shares of a probe's tokens and the tokens of the example, on any process, that moved it most."""
         step = self.step
         by_example = influence.groupby("example")["share"].sum().abs()
-        strongest = gather_object([float(by_example.max()) if len(by_example) else -1.0])
+        strongest = on_every_process(float(by_example.max()) if len(by_example) else -1.0)
         rows = [pd.DataFrame({"m": [], "l": [], "share": []})]
         if max(strongest) < 0:  # a step whose loss has no tokens, as of groups with equal rewards
             return rows[0].assign(probe_id=probe, example=0)
@@ -207,7 +206,7 @@ class TokenAccountant:
         example = int(by_example.index[int(by_example.argmax())]) if here else -1
         batches = restricted(step.tape.batches, [example])
         positions = influence.loc[influence["example"] == example, "position"].to_numpy()
-        for m in range(max(gather_object([self._length_of(probe)]))):
+        for m in range(max(on_every_process(self._length_of(probe)))):
             gradient = step.gradient(partial(self._token_of, probe, m))
             if here:
                 shares = torch.cat([self._influence([batch], gradient).shares for batch in batches])

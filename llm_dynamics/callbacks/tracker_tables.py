@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from llm_dynamics import _trl
-from llm_dynamics.callbacks.probe import ProbeCallback
+from llm_dynamics.callbacks.guard import GuardedCallback
+from llm_dynamics.callbacks.probe import ProbeCallback, require_open_log
 from llm_dynamics.runlog import RunLog, RunLogs, RunLogWriter, load_run, schema
 from llm_dynamics.runlog.parts import read_part
 
@@ -28,7 +29,7 @@ _GLOBAL_STEP = "train/global_step"
 """By this, transformers' callbacks tell wandb and trackio the optimizer step of a row."""
 
 
-class TrackerTables(TrainerCallback):
+class TrackerTables(GuardedCallback):
     """Sends each observation as tables to the trackers of the run, and at the end the curves of the families.
 
     wandb, trackio, mlflow and TensorBoard get `dynamics/families` (means over the probes of a family) and
@@ -41,20 +42,36 @@ class TrackerTables(TrainerCallback):
         watcher: The callback that observes; it must come before this one in the trainer's list.
     """
 
+    part = "sending tables to trackers"
+    collective = False  # the main process alone sends
+
     def __init__(self, watcher: ProbeCallback) -> None:
-        self.watcher = watcher
+        self.trainer, self.watcher, self.on_error = watcher.trainer, watcher, watcher.on_error
         self._sent: int | None = None
         self._drawn = False
         self._failed: set[str] = set()
 
+    def due(self, event: str, state: TrainerState, control: TrainerControl) -> bool:
+        """Tell whether an event has anything to do."""
+        if event == "on_epoch_end":
+            return control.should_training_stop and not self._drawn
+        fresh = self.watcher.observed_step == state.global_step != self._sent
+        return event == "on_train_begin" or fresh or (state.global_step >= state.max_steps > 0 and not self._drawn)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Send the first observation; of a resumed run, that was done."""
-        self._sent, self._drawn = None, False
+        """Begin anew; of a resumed run, the observation that it begins with was sent."""
+        require_open_log(self.watcher)
+        resumed = state.is_world_process_zero and self._log.steps() != [state.global_step]
+        self._sent, self._drawn = state.global_step if resumed else None, False
         self._failed.clear()
-        if state.is_world_process_zero and self._log.steps() == [state.global_step]:
-            self._send(state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Send the first observation, when all trackers are open."""
+        self._send(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Send the observation of this step, and after the last the curves."""
@@ -66,9 +83,8 @@ class TrackerTables(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Send what a run that stops early observed last: later its trackers are closed."""
-        if control.should_training_stop:
-            self._send(state)
-            self._draw(state)
+        self._send(state)
+        self._draw(state)
 
     @property
     def _log(self) -> RunLogWriter:
@@ -80,8 +96,12 @@ class TrackerTables(TrainerCallback):
             return
         trackers = _trl.open_trackers(self.watcher.trainer)
         if trackers:
-            tables = observation_tables(self._log, step, self.watcher.table, self.watcher.recorder.token_probes)
-            self._to_each(trackers, step, lambda name, tracker: _TABLES[name](tracker, step, tables))
+            recorder, suffix = self.watcher.recorder, self.watcher.rows.suffix
+            assert recorder.first is not None
+            first = int(recorder.first["step"].iloc[0])
+            tables = observation_tables(self._log, first, step, self.watcher.table, recorder.token_probes)
+            named = {f"{name}{suffix}": frame for name, frame in tables.items()}
+            self._to_each(trackers, step, lambda name, tracker: _TABLES[name](tracker, step, named))
         self._sent = step
 
     def _draw(self, state: TrainerState) -> None:
@@ -90,8 +110,8 @@ class TrackerTables(TrainerCallback):
         self._drawn = True
         trackers = _trl.open_trackers(self.watcher.trainer)
         if trackers:
-            run = load_run(self._log.folder)
-            self._to_each(trackers, state.global_step, lambda name, t: _CURVES[name](t, state.global_step, run))
+            run, step = load_run(self._log.folder), state.global_step
+            self._to_each(trackers, step, lambda name, tracker: _CURVES[name](tracker, step, run, self.watcher))
 
     def _to_each(self, trackers: Mapping[str, Any], step: int, send: Callable[[str, Any], None]) -> None:
         begun = time.monotonic()
@@ -113,12 +133,13 @@ class TrackerTables(TrainerCallback):
 
 
 def observation_tables(
-    log: RunLogWriter, step: int, probes: pd.DataFrame, token_probes: set[str]
+    log: RunLogWriter, first: int, step: int, probes: pd.DataFrame, token_probes: set[str]
 ) -> dict[str, pd.DataFrame]:
     """Return the tables of one observation.
 
     Args:
         log: The run log.
+        first: The step of the first observation.
         step: A step whose observation is complete.
         probes: The probes table.
         token_probes: Probes that keep their tokens.
@@ -131,7 +152,6 @@ def observation_tables(
     """
     from llm_dynamics.report.text import token_label  # the report loads plotly, which runs without a tracker need not
 
-    first = log.steps()[0]
     sequences = _part(log, "sequences", step)
     start = _part(log, "sequences", first).set_index("probe_id")["logp_sum"]
     sequences = sequences.assign(delta=sequences["logp_sum"] - sequences["probe_id"].map(start))
@@ -213,11 +233,19 @@ def _figure(run: RunLog) -> Any:
     return curves_figure(RunLogs({run.name: run}))
 
 
-def _scalar_chart(writer: Any, step: int, run: RunLog) -> None:
-    """Tell TensorBoard to draw the curves that it has in one chart; it draws no figures of others."""
-    families = dict.fromkeys(run.probes["family"])
-    tags = [f"train/probe/{family}_delta" for family in families]
-    writer.add_custom_scalars_multilinechart(tags, category="dynamics", title="change of log-prob by family, nats")
+def _name(watcher: ProbeCallback) -> str:
+    return f"{CURVES}{watcher.rows.suffix}"
+
+
+def _scalar_charts(writer: Any, step: int, run: RunLog, watcher: ProbeCallback) -> None:
+    """Tell TensorBoard to draw the curves that it has in charts; it draws no figures of others."""
+    charts = {}
+    for other in watcher.trainer.callback_handler.callbacks:  # a writer keeps one layout, that of the last call
+        if isinstance(other, ProbeCallback):
+            suffix = other.rows.suffix
+            tags = [f"train/probe/{family}_delta{suffix}" for family in dict.fromkeys(other.table["family"])]
+            charts[f"change of log-prob by family, nats{suffix}"] = ["Multiline", tags]
+    writer.add_custom_scalars({"dynamics": charts})
     writer.flush()
 
 
@@ -227,9 +255,9 @@ _TABLES: dict[str, Callable[[Any, int, Mapping[str, pd.DataFrame]], None]] = {
     "mlflow": _artifacts,
     "tensorboard": _texts,
 }
-_CURVES: dict[str, Callable[[Any, int, RunLog], None]] = {
-    "wandb": lambda wandb, step, run: wandb.log({CURVES: wandb.Plotly(_figure(run)), _GLOBAL_STEP: step}),
-    "trackio": lambda trackio, step, run: trackio.log({CURVES: trackio.Html(_figure(run)), _GLOBAL_STEP: step}),
-    "mlflow": lambda mlflow, step, run: mlflow.log_figure(_figure(run), f"{CURVES}.html"),
-    "tensorboard": _scalar_chart,
+_CURVES: dict[str, Callable[[Any, int, RunLog, ProbeCallback], None]] = {
+    "wandb": lambda wandb, step, run, of: wandb.log({_name(of): wandb.Plotly(_figure(run)), _GLOBAL_STEP: step}),
+    "trackio": lambda trackio, step, run, of: trackio.log({_name(of): trackio.Html(_figure(run)), _GLOBAL_STEP: step}),
+    "mlflow": lambda mlflow, step, run, of: mlflow.log_figure(_figure(run), f"{_name(of)}.html"),
+    "tensorboard": _scalar_charts,
 }

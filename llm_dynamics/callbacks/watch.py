@@ -49,7 +49,7 @@ def watch(
         tracker_tables: Send each observation as tables, and the curves at the end, to the trackers of `report_to`
             (wandb, trackio, mlflow, TensorBoard); scalars go there in any case. Without such a tracker nothing is sent.
         model_card: Let the model cards that the trainer writes end with what moved and where the run log lies.
-        **options: Further fields of `ProbeOptions`.
+        **options: Further fields of `ProbeOptions`. Its `on_error` holds for all that is attached.
 
     Returns:
         The callback, already added to the trainer; `load_run(callback.log_folder)` reads what it wrote.
@@ -72,11 +72,12 @@ def watch(
     try:
         if displacement is not False:
             given = {} if displacement is True else dict(displacement)
-            measures = DisplacementCallback(trainer, **{"every": callback.every, **given})  # type: ignore[arg-type]
+            defaults = {"every": callback.every, "on_error": callback.on_error}
+            measures = DisplacementCallback(trainer, **{**defaults, **given})  # type: ignore[arg-type]
         if influence is not False:
             given = {} if influence is True else dict(influence)
             settings = {"every": EXPLAINED_PER_OBSERVATIONS * callback.every, **given}
-            trainer.add_callback(InfluenceCallback(trainer, probes, **settings))
+            trainer.add_callback(InfluenceCallback(trainer, probes, on_error=callback.on_error, **settings))
         if displacement is not False:
             trainer.add_callback(measures)
         if tracker_tables:

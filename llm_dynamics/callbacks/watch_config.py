@@ -8,6 +8,7 @@ from typing import Annotated
 
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from llm_dynamics.callbacks.guard import OnError
 from llm_dynamics.callbacks.probe import ProbeCallback
 from llm_dynamics.callbacks.probe_options import ProbeOptions
 from llm_dynamics.callbacks.watch import watch
@@ -19,7 +20,7 @@ from llm_dynamics.probes.rows import Rows, as_records
 
 logger = logging.getLogger(__name__)
 
-PASSED_ON = ("tokens", "token_budget_mb", "max_overhead", "log_folder", "push_log", "seed")
+PASSED_ON = ("tokens", "token_budget_mb", "max_overhead", "log_folder", "push_log", "on_error", "seed")
 """Fields of `ProbeOptions` that are flags under their name."""
 DEFAULT_FAMILIES = ("chosen", "rejected", "other_train", "ungrammatical")
 
@@ -44,6 +45,8 @@ class WatchConfig:
         watch_model_card: Add what moved to the model cards that the trainer writes.
         watch_log_folder: Run-log folder; None: `<output_dir>/dynamics`.
         watch_push_log: Upload the run log with the model where the trainer pushes to the hub.
+        watch_on_error: "warn": an error in watching ends the part that it came up in, and training goes on. "raise": it
+            ends the run.
         watch_seed: Seed of the probes and of the sample of token tables.
 
     Raises:
@@ -98,6 +101,7 @@ class WatchConfig:
     )
     watch_log_folder: str | None = like(ProbeOptions, "log_folder")
     watch_push_log: bool = like(ProbeOptions, "push_log")
+    watch_on_error: OnError = like(ProbeOptions, "on_error")
     watch_seed: Seed = field(
         default=0,
         metadata={"help": "Seed of the probes, and of the prompts whose token tables are kept."},

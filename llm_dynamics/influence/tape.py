@@ -95,6 +95,7 @@ class LossTape:
         labelling: Which tokens belong to which part; None records tokens and splits no gradient.
         parameters: The parameters to take parts for; None: all that require a gradient.
         keep_random: Keep the random state of each forward, for replays with dropout.
+        attempt: Runs each piece of the tape's own work within a forward or backward; it may keep errors to itself.
 
     Attributes:
         batches: The micro-batches in the order of their backward passes.
@@ -116,6 +117,7 @@ class LossTape:
         *,
         parameters: Mapping[str, nn.Parameter] | None = None,
         keep_random: bool = True,
+        attempt: Callable[[Callable[[], None]], None] = lambda work: work(),
     ) -> None:
         self.model = model
         self.labelling = labelling
@@ -123,6 +125,7 @@ class LossTape:
         self.batches: list[MicroBatch] = []
         self.parts: dict[str, dict[str, Tensor]] = {}
         self._keep_random = keep_random
+        self._attempt = attempt
         self._random: list[RandomState | None] = []
         self._handles: list[Any] = []
         self._taps: list[_Tap] = []
@@ -131,8 +134,10 @@ class LossTape:
 
     def __enter__(self) -> LossTape:
         self._handles = [
-            self.model.register_forward_pre_hook(self._before_forward),
-            self.model.register_forward_hook(self._after_forward, with_kwargs=True),
+            self.model.register_forward_pre_hook(lambda *call: self._attempt(lambda: self._before_forward(*call))),
+            self.model.register_forward_hook(
+                lambda *call: self._attempt(lambda: self._after_forward(*call)), with_kwargs=True
+            ),
         ]
         return self
 
@@ -183,8 +188,8 @@ class LossTape:
 
         def on_gradient(gradient: Tensor | None) -> None:
             if gradient is not None and tap.output is not None and not self._splitting:
-                tap.seen = True
-                self._record(inputs, tap.output, gradient, random, fused=fused)
+                output, tap.seen = tap.output, True
+                self._attempt(lambda: self._record(inputs, output, gradient, random, fused=fused))
 
         node, place = tapped.grad_fn, tapped.output_nr
         if node is None or node.name() != _CAST:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -137,6 +138,10 @@ def unwrap_model(model: nn.Module) -> nn.Module:
             return model
 
 
+_SAID: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that were warned of: they are split at attach and again when training begins."""
+
+
 def split_model(model: nn.Module) -> SplitModel:
     """Split a causal LM into backbone and head, and check the split on a short input, given as plain token ids.
 
@@ -189,7 +194,10 @@ def split_model(model: nn.Module) -> SplitModel:
         usable = split.backbone is not None and _reproduces(split, theirs)
         shares = usable and _keeps_responses_apart(split, text_config)
     if not usable:
-        logger.warning(
+        told = base in _SAID
+        _SAID.add(base)
+        logger.log(
+            logging.DEBUG if told else logging.WARNING,
             "the logits of %s are not those of its backbone and its head at positions 0, 1, ...: scoring runs its "
             "whole forward, one sequence at a time (slower; the numbers are the model's own)",
             type(base).__name__,

@@ -42,12 +42,16 @@ def measured(run: RunLog) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]
     meta = run.meta
     first = [key for key in _FIRST if meta.get(key) not in (None, {}, [])]
     shown = [(key.replace("_", " "), _written(meta[key])) for key in first]
-    rest = [(key, _written(meta[key])) for key in meta if key not in first]
+    rest = [(key, _written(meta[key])) for key in meta if key not in (*first, "failures")]
     return [*shown, *_from_tables(run)], rest
 
 
 def _from_tables(run: RunLog) -> list[tuple[str, str]]:
-    rows = []
+    failures = [failure for failure in run.meta.get("failures", []) if isinstance(failure, Mapping)]
+    rows = [
+        ("watching failed", f"{of.get('part')} at step {of.get('step')}, off from there on: {of.get('error')}")
+        for of in failures
+    ]
     probes, steps, sequences = run.probes, run.steps, run.sequences
     counts = probes["family"].value_counts()
     per_family = ", ".join(f"{family} {counts[family]}" for family in ordered(counts.index))

@@ -239,6 +239,8 @@ def _before(meta: Mapping[str, Any], step: int) -> dict[str, Any]:
         del kept["tokens_end_at_step"]
     if "skipped_steps" in kept:
         kept["skipped_steps"] = [skipped for skipped in kept["skipped_steps"] if skipped <= step]
+    if "failures" in kept:
+        kept["failures"] = [failure for failure in kept["failures"] if failure["step"] <= step]
     return kept
 
 

@@ -183,7 +183,7 @@ def lld_rows(trainer):
         if found:
             assert row["step"] not in rows
             rows[row["step"]] = found
-    return rows
+    return dict(sorted(rows.items()))  # held rows stand after the trainer's first
 
 
 def watched_run(kind, folder, output_dir, *, every=1, eps=0.0, **arguments):
@@ -435,11 +435,11 @@ def test_metrics_stand_beside_the_loss_or_in_a_row_of_their_own(model_folder, tm
         trainer, _ = build("grpo", model_folder, tmp_path / str(len(rows)), **logging)
         trainer.add_callback(DisplacementCallback(trainer, every=1, correct_from=CORRECT_FROM))  # no run log
         trainer.train()
-        rows[len(rows)] = [
+        rows[len(rows)] = sorted(  # held rows stand after the trainer's first
             (row["step"], "loss" in row, "lld/questions" in row)
             for row in trainer.state.log_history
             if row.keys() & {"loss", "lld/questions"}
-        ]
+        )
     assert rows == {0: [(1, False, True), (2, True, True), (3, False, True)], 1: []}
 
 

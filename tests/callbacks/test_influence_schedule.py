@@ -163,7 +163,8 @@ def test_what_a_failed_run_left_attached_is_removed_by_the_next(model_folder, tm
 
 
 def rows_with(trainer, key):
-    return {row["step"]: row for row in trainer.state.log_history if key in row}
+    rows = sorted(trainer.state.log_history, key=lambda row: row["step"])  # held rows stand after the trainer's first
+    return {row["step"]: row for row in rows if key in row}
 
 
 def test_shares_stand_beside_the_loss_where_that_step_is_logged_and_else_in_a_row_of_their_own(

@@ -318,6 +318,6 @@ def test_what_is_not_finite_is_a_gap(model_folder, tmp_path, monkeypatch):
     table = wandb.rows_with("dynamics/families")[2]
     assert [row[3:] for row in table.data] == [[None] * 3] * 3
     frames = observation_tables(
-        RunLogWriter(tmp_path / "dynamics"), 2, load_run(tmp_path).probes, set(load_run(tmp_path).probes["probe_id"])
+        RunLogWriter(tmp_path / "dynamics"), 0, 2, load_run(tmp_path).probes, set(load_run(tmp_path).probes["probe_id"])
     )
     assert frames["dynamics/families"]["logp"].isna().all()

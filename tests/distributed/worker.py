@@ -30,7 +30,7 @@ def train(name, kind, *, probes=None, options=None, **arguments):
 
 def write_end(name, trainer):
     weights = {name: hashlib.sha256(value).hexdigest() for name, value in weights_of(trainer).items()}
-    observed = [row["step"] for row in trainer.state.log_history if "probe/chosen_logp" in row]
+    observed = sorted(row["step"] for row in trainer.state.log_history if "probe/chosen_logp" in row)
     ends_with = {"weights": weights, "rows": own_rows(trainer), "observed": observed}
     (WORKSPACE / name / f"process_{RANK}.json").write_text(json.dumps(ends_with))
 

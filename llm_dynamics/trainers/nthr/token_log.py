@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from llm_dynamics.callbacks.guard import GuardedCallback, OnError
 from llm_dynamics.callbacks.probe import ProbeCallback, watcher_of
 from llm_dynamics.callbacks.sharding import broadcast, gather_frames
 from llm_dynamics.trainers.nthr.shaping import ShapedBatch
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from llm_dynamics.trainers.nthr.trainer import NTHRGRPOTrainer
 
 
-class TokenLog(TrainerCallback):
+class TokenLog(GuardedCallback):
     """Keeps the tokens of a generation until its first step is done, then writes them.
 
     The tables `rollouts` and `nthr_tokens` go to the run log that a `ProbeCallback` of the trainer opened, as often as
@@ -26,38 +27,61 @@ class TokenLog(TrainerCallback):
         trainer: The trainer whose rollouts are logged.
     """
 
+    part = "writing rollouts"
+
     def __init__(self, trainer: NTHRGRPOTrainer) -> None:
         self.trainer = trainer
         self._pending: dict[str, pd.DataFrame] | None = None
         self._last: int | None = None
 
     @property
-    def _watcher(self) -> ProbeCallback | None:
+    def watcher(self) -> ProbeCallback | None:
+        """The callback that keeps the run log, if there is one."""
         return watcher_of(self.trainer)
+
+    @property
+    def on_error(self) -> OnError:  # type: ignore[override]
+        """That of the callback that keeps the run log."""
+        return "warn" if self.watcher is None else self.watcher.on_error
+
+    def due(self, event: str, state: TrainerState, control: TrainerControl) -> bool:
+        """Tell whether an event has anything to do."""
+        return event == "on_train_begin" or self._pending is not None
+
+    def let_go(self) -> None:
+        """Forget what was kept."""
+        self._pending = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Forget an earlier run, or go on where a resumed one was."""
-        watcher = self._watcher
+        watcher = self.watcher
         written = [] if watcher is None else watcher.recorder.log.steps("rollouts")
         last = max((step - 1 for step in written if step <= state.global_step), default=None)
         self._pending, self._last = None, broadcast(last)
 
     def keep(self, batch: dict[str, Any], shaped: ShapedBatch) -> None:
         """Keep a generation of the training batch, if it is due; every process must call."""
-        watcher, step = self._watcher, self.trainer.state.global_step
-        if watcher is None or (self._last is not None and step // watcher.every == self._last // watcher.every):
+        watcher, step = self.watcher, self.trainer.state.global_step
+        if watcher is None or not watcher.opened or self.failed_at is not None:
+            return
+        if self._last is not None and step // watcher.every == self._last // watcher.every:
             return
         self._last = step
-        rollouts, tokens = rollout_tables(batch, shaped, watcher.decode)
-        self._pending = {"rollouts": gather_frames(rollouts, "order"), "nthr_tokens": gather_frames(tokens, "order")}
+
+        def gather() -> None:
+            rollouts, tokens = rollout_tables(batch, shaped, watcher.decode)
+            tables = {"rollouts": rollouts, "nthr_tokens": tokens}
+            self._pending = {name: gather_frames(table, "order") for name, table in tables.items()}
+
+        self.attempt(self.trainer.state, gather)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write what was kept."""
         pending, self._pending = self._pending, None
-        if pending is not None and self._watcher is not None and state.is_world_process_zero:
-            self._watcher.recorder.log.write_rollouts(state.global_step, pending)
+        if pending is not None and self.watcher is not None and state.is_world_process_zero:
+            self.watcher.recorder.log.write_rollouts(state.global_step, pending)
 
 
 def rollout_tables(batch: dict[str, Any], shaped: ShapedBatch, decode: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
