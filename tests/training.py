@@ -26,15 +26,20 @@ from trl import (
     SFTTrainer,
 )
 
-from llm_dynamics.callbacks import DisplacementCallback, InfluenceCallback, ProbeCallback
+from llm_dynamics.callbacks import InfluenceCallback
+from llm_dynamics.callbacks.displacement import DisplacementOptions
+from llm_dynamics.callbacks.probe_options import ProbeOptions
 from llm_dynamics.demo.tiny import build_tiny_model, build_tiny_tokenizer
 from llm_dynamics.probes import ProbeSet
 from tests.conftest import CORPUS, PREFERENCES
 
 # In tests a fault of ours is a failure, unless a test says what it wants.
-for function in (ProbeCallback.__init__, InfluenceCallback.__init__, DisplacementCallback.__init__):
-    assert function.__kwdefaults__["on_error"] == "warn"
-    function.__kwdefaults__["on_error"] = "raise"
+for options in (ProbeOptions, DisplacementOptions):
+    *others, on_error = options.__init__.__defaults__
+    assert on_error == "warn"
+    options.__init__.__defaults__ = (*others, "raise")
+assert InfluenceCallback.__init__.__kwdefaults__["on_error"] == "warn"
+InfluenceCallback.__init__.__kwdefaults__["on_error"] = "raise"
 
 # On tiny models a second thread gains nothing, and costs tenfold where the cores are busy with something else.
 torch.set_num_threads(1)

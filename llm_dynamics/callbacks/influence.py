@@ -41,6 +41,7 @@ from llm_dynamics.influence.tape import Labelling
 from llm_dynamics.influence.update import innermost
 from llm_dynamics.kernel.weights import Weights
 from llm_dynamics.likelihood.preserve import keeping_rope
+from llm_dynamics.options import checked
 from llm_dynamics.probes import ProbeSet
 
 logger = logging.getLogger(__name__)
