@@ -60,7 +60,7 @@ class Listener(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         own = own_names(logs or {})
-        if own:
+        if {*own} - {"step", "epoch"}:  # else a row of watching alone
             self.seen.append(("log", state.global_step, own, "first row", own_names(state.log_history[0])))
         elif not self.begun:
             self.seen.append("a row before training began")
