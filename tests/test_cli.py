@@ -265,7 +265,7 @@ def test_a_missing_column_is_named_with_those_seen_and_the_way_out(run, tmp_path
         (["--column", "chosen="], "write family=column"),
         (["--column", "prompt=prompt", "--column", "prompt=chosen"], "several columns for the prompt"),
         (["--prompts", "7"], "--prompts is 7 and there are 6 prompts; ask for fewer, or leave it out for all"),
-        (["--prompts", "0"], "--prompts is 0; it must be at least 1, or leave it out for all"),
+        (["--prompts", "0"], "--prompts is 0; allowed: 1, 2, ... or None"),
         (["--tokenizer", "/no/such/folder"], "no tokenizer at '/no/such/folder'"),
     ],
 )

@@ -1,6 +1,7 @@
 """Runs of every odd kind that users have: the books still balance, and watching never ends training."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -215,7 +216,12 @@ def test_weights_that_are_no_numbers_do_not_end_training(folder, tmp_path):
 
 def test_prompts_of_the_same_tokens_share_their_own_examples(folder, tmp_path):
     rows = [{**PREFERENCES[0], "chosen": text, "rejected": "No."} for text in ("Ten minutes.", "Light.")]
-    probes = ProbeSet.from_preference_dataset(rows, families=PAIR)
+    sets = [ProbeSet.from_preference_dataset([row], families=PAIR) for row in rows]
+    probes = ProbeSet(
+        replace(probe, prompt_id=prompt_id, probe_id=f"{prompt_id}/{probe.family}")
+        for prompt_id, one in zip((FIRST, SECOND), sets, strict=True)
+        for probe in one
+    )
     assert len(probes.prompt_ids) == 2
     _, run = explain("dpo", folder, tmp_path, probes=probes, influence={"training_tokens": ["chosen", *CHOSEN]})
     own = run.training_examples.set_index(["step", "example"])["prompt_id"].notna()

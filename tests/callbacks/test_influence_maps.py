@@ -59,7 +59,7 @@ def test_without_chosen_and_rejected_a_number_is_drawn_from_the_first_family():
 
 @pytest.mark.parametrize("wanted", ["a/chosen", -1, True, False])
 def test_what_is_no_list_number_or_auto_is_refused(wanted):
-    with pytest.raises(ValueError, match=r'map_probes is .*; allowed: a list of probe ids, a number from 0, or "auto"'):
+    with pytest.raises(ValueError, match=r"map_probes is .*; allowed: a list of texts or 0, 1, ... or 'auto'"):
         InfluenceSettings(map_probes=wanted)
 
 

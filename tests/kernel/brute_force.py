@@ -67,3 +67,15 @@ def in_float64():
         stack.enter_context(mock.patch.object(Gemma2RMSNorm, "forward", gemma_norm))
         stack.enter_context(mock.patch.object(nn.functional, "softmax", softmax))
         yield
+
+
+@contextmanager
+def learning(model):
+    """Every token's embedding has a derivative: what the log-probs' own is."""
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    before = [table.padding_idx for table in tables]
+    for table in tables:
+        table.padding_idx = None
+    yield
+    for table, padding in zip(tables, before, strict=True):
+        table.padding_idx = padding

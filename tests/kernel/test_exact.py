@@ -313,10 +313,13 @@ def test_operations_without_batched_backward_are_taken_row_by_row():
     assert_same(token_kernel(model, TRAIN, PROBES).values, brute_force(model, TRAIN, PROBES))
 
 
-def test_a_model_that_looks_ahead_is_not_cut():
+def test_a_model_that_looks_ahead_is_refused_and_where_that_is_seen_late_not_cut():
     model = build("llama_tied", dtype=torch.float64)
+    split = split_model(model)  # as of a model that begins to look ahead after it was split
     model.model.norm.register_forward_hook(lambda module, args, output: output + output.mean(1, keepdim=True))
-    assert_same(token_kernel(model, TRAIN, PROBES).values, brute_force(model, TRAIN, PROBES))
+    with pytest.raises(NotImplementedError, match="is no causal model as it is set up"):
+        token_kernel(model, TRAIN, PROBES)
+    assert_same(token_kernel(model, TRAIN, PROBES, split=split).values, brute_force(model, TRAIN, PROBES))
 
 
 def test_mixture_of_experts():

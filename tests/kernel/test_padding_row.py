@@ -1,11 +1,9 @@
 """The padding token's embedding: log-probs depend on it wherever the token stands in a text; training leaves it out."""
 
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 from llm_dynamics.kernel import (
     exact_block_norms,
@@ -16,7 +14,7 @@ from llm_dynamics.kernel import (
     token_kernel,
 )
 from llm_dynamics.kernel.token_states import TokenStates, trainable_weights, units_of
-from tests.kernel.brute_force import brute_force, in_float64, jacobian, trainable
+from tests.kernel.brute_force import brute_force, in_float64, jacobian, learning, trainable
 from tests.kernel.whole_jacobians import SMALL_VOCAB, blocks, build_small, jacobians, logits_at_responses
 from tests.likelihood.models import build
 
@@ -37,18 +35,6 @@ COEFFICIENTS = torch.tensor([-0.3, 0.2, -0.5, 0.1, -0.4, 0.6])
 def _float64():
     with in_float64():
         yield
-
-
-@contextmanager
-def learning(model):
-    """Every token's embedding has a derivative: what the log-probs' own is."""
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    before = [table.padding_idx for table in tables]
-    for table in tables:
-        table.padding_idx = None
-    yield
-    for table, padding in zip(tables, before, strict=True):
-        table.padding_idx = padding
 
 
 def model_of(kind):

@@ -12,7 +12,7 @@ from llm_dynamics.kernel.output_head import OutputHead
 from llm_dynamics.kernel.residuals import EXACT_RULE, PAPER_RULE, ResidualRule
 from llm_dynamics.kernel.token_states import HeadTokens
 from llm_dynamics.trainers.nthr.scores import GroupScores, score_group, score_group_exactly
-from tests.kernel.brute_force import in_float64, jacobian, trainable
+from tests.kernel.brute_force import in_float64, jacobian, learning, trainable
 from tests.kernel.literal import HEADS, all_tokens, draw_head, draw_tokens, gradients_by_definition, inner
 from tests.kernel.whole_jacobians import build_small, draw_responses
 
@@ -39,22 +39,23 @@ def papers_token_score(gradient, correct, *, by_length, without=-1):
     return total
 
 
-def papers_anchor(i, correct, *, by_length, include_self):
+def papers_anchor(i, correct, trained, *, by_length, include_self):
     """Mean over the tokens of response i of their scores against P, or P without i."""
     if not correct[i]:
         return math.nan
     without = -1 if include_self else i
-    scores = [papers_token_score(g, correct, by_length=by_length, without=without) for g in correct[i]]
+    scores = [papers_token_score(g, correct, by_length=by_length, without=without) for g in trained[i]]
     return sum(scores) / len(scores)
 
 
-def expected_of(correct, tokens, own, *, include_self, by_length):
+def expected_of(correct, tokens, own, *, include_self, by_length, trained=None):
+    """Scores of tokens and anchors; `trained` are the correct ones' gradients in training, where they differ."""
     scores = []
     for gradient, owner in zip(tokens, own, strict=True):
         without = owner if not include_self else -1
         scores.append(papers_token_score(gradient, correct, by_length=by_length, without=without))
-    anchors = [papers_anchor(i, correct, by_length=by_length, include_self=include_self) for i in range(len(correct))]
-    return scores, anchors
+    options = {"by_length": by_length, "include_self": include_self}
+    return scores, [papers_anchor(i, correct, trained or correct, **options) for i in range(len(correct))]
 
 
 @pytest.mark.parametrize("rule", [PAPER_RULE, EXACT_RULE, ResidualRule(exact=False, temperature=0.7)])
@@ -205,14 +206,21 @@ def counted_rows(model, response, spans):
     return [rows[place] for start, stop in spans for place in range(start, stop)]
 
 
+def correct_rows(model, spans):
+    """The correct responses' derivatives, and their gradients in training, which leave the padding token's row out."""
+    with learning(model):
+        derivatives = [counted_rows(model, *pair) for pair in zip(CORRECT, spans, strict=True)]
+    return derivatives, [counted_rows(model, *pair) for pair in zip(CORRECT, spans, strict=True)]
+
+
 @pytest.mark.parametrize("spans", [SOLID, SPANS], ids=["solid", "holes"])
 @pytest.mark.parametrize("by_length", [False, True])
 @pytest.mark.parametrize("include_self", [True, False])
 def test_exact_scores_are_inner_products_of_whole_gradients(model, include_self, by_length, spans):
     options = {"include_self": include_self, "by_length": by_length}
-    correct = [counted_rows(model, *pair) for pair in zip(CORRECT, spans, strict=True)]
+    correct, trained = correct_rows(model, spans)
     tokens = [gradient for response in WRONG for gradient in rows_of(model, response)]
-    scores, anchors = expected_of(correct, tokens, [-1] * len(tokens), **options)
+    scores, anchors = expected_of(correct, tokens, [-1] * len(tokens), trained=trained, **options)
     values, found = score_group_exactly(model, CORRECT, spans, WRONG, **options)
     assert [len(part) for part in values] == [3, 2]
     assert_close(torch.cat(values), scores)
@@ -223,11 +231,11 @@ def test_exact_scores_are_inner_products_of_whole_gradients(model, include_self,
 @pytest.mark.parametrize("include_self", [True, False])
 def test_exact_scores_of_correct_responses_leave_themselves_out_as_the_cheap_ones_do(model, include_self, by_length):
     options = {"include_self": include_self, "by_length": by_length}
-    correct = [counted_rows(model, *pair) for pair in zip(CORRECT, SPANS, strict=True)]
+    correct, trained = correct_rows(model, SPANS)
     scored, owners = [CORRECT[2], WRONG[0], CORRECT[0]], [2, -1, 0]
     tokens = [gradient for response in scored for gradient in rows_of(model, response)]
     own = [owner for owner, one in zip(owners, scored, strict=True) for _ in one.response_ids]
-    scores, anchors = expected_of(correct, tokens, own, **options)
+    scores, anchors = expected_of(correct, tokens, own, trained=trained, **options)
     values, found = score_group_exactly(model, CORRECT, SPANS, scored, own=owners, **options)
     assert [len(part) for part in values] == [5, 3, 4]
     assert_close(torch.cat(values), scores)

@@ -118,11 +118,12 @@ def score_group_exactly(
     w = 1 / lengths.clamp(min=1) if by_length else torch.ones_like(lengths)
     owner = torch.tensor([i for i, spans in enumerate(correct_spans) for _ in spans], dtype=torch.int64)
 
-    def sums(rows: Sequence[TokenizedResponse], **choice: object) -> Tensor:
-        values = token_kernel(model, correct, rows, train_rows=correct_spans, split=split, **choice).values  # type: ignore[arg-type]
-        return values.new_zeros(len(values), len(correct)).index_add_(1, owner, values)
+    def sums(trained: Sequence[TokenizedResponse], **choice: object) -> Tensor:
+        """Return what a step on each trained row does to each correct response, (rows, R)."""
+        values = token_kernel(model, trained, correct, probe_rows=correct_spans, split=split, **choice).values  # type: ignore[arg-type]
+        return values.new_zeros(len(correct), values.shape[1]).index_add_(0, owner, values).T
 
-    between = sums(correct, probe_rows=correct_spans)
+    between = sums(correct, train_rows=correct_spans)
     products = between.new_zeros(len(correct), len(correct)).index_add_(0, owner, between)
     anchors = _anchors(products, w.to(products), lengths.to(products), include_self)
     if not scored:
