@@ -13,6 +13,7 @@ from llm_dynamics.influence.optimizers import Factor
 from llm_dynamics.influence.tape import MicroBatch
 from llm_dynamics.kernel.weights import PaddingRows, Weights, at_weights, dual_weights, unpacked
 from llm_dynamics.likelihood.head import SplitModel
+from llm_dynamics.likelihood.preserve import keeping_random
 
 _HEAD_ROWS = 512
 
@@ -83,8 +84,7 @@ def influence_of_training_tokens(
         )
     device = split.device
     shares, places, error = [torch.zeros(0, dtype=torch.float64)], [torch.zeros((0, 3), dtype=torch.long)], 0.0
-    random_devices = [device] if device.type == "cuda" else []
-    with forward_ad.dual_level(), torch.random.fork_rng(devices=random_devices):
+    with forward_ad.dual_level(), keeping_random():
         weights = dual_weights(before, direction)
         for k, batch in enumerate(batches):
             where = batch.has_loss.nonzero()

@@ -116,23 +116,6 @@ def keeping_rope(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def keeping_random_state() -> Iterator[None]:
-    """Restore the global random state of Python, NumPy and torch (CPU and, where it is in use, CUDA) at the end.
-
-    Yields:
-        None.
-    """
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put `model` in evaluation mode under `no_grad`, and leave no trace.
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import pandas as pd
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from llm_dynamics.likelihood.preserve import keeping_random_state
+from llm_dynamics.likelihood.preserve import keeping_random
 from llm_dynamics.probes.families import TRAINED_FAMILIES, stable_hash
 from llm_dynamics.probes.forms import RESPONSES, WHOLE, OddRow, RowForm, is_messages, plain, response_text
 from llm_dynamics.probes.probe import DroppedProbe, Prompt, prompt_identity
@@ -93,7 +93,7 @@ def as_records(rows: Rows, what: str = "rows") -> list[Mapping[str, Any]]:
         rows, str | bytes | Mapping
     ):
         raise ValueError(f"{what} is a {type(rows).__name__}; give a datasets.Dataset or a list of dictionaries.")
-    with keeping_random_state():
+    with keeping_random():
         given: Iterable[Any] = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
         records = list(given) if isinstance(given, Sized) else list(islice(given, STREAM_ROWS + 1))
     if len(records) > STREAM_ROWS and not isinstance(rows, Sized):

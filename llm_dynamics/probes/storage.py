@@ -96,6 +96,7 @@ def read_probes(path: Path) -> tuple[list[Probe], list[DroppedProbe], dict[str, 
         f"{field.name} ({field.type})"
         for field in SCHEMA
         if field.name not in found.schema.names or found.schema.field(field.name).type != field.type
+        if field.name in found.schema.names or field.name != "template"  # version 1 has none
     ]
     try:
         header = json.loads(raw)

@@ -111,7 +111,7 @@ def test_a_model_whose_batches_cannot_be_replayed_has_causes_and_no_tokens(folde
     monkeypatch.setattr(training, "AutoModelForCausalLM", OddHead)
     with caplog.at_level(logging.WARNING):
         _, run = explain("plain", folder, tmp_path)
-    assert "training batches cannot be replayed" in caplog.text
+    assert "training batches of OddHead cannot be replayed" in caplog.text
     assert (run.accounts["explained"] > 0.999).all()
     assert by_family(run).xs("up", level="cause").abs().min() > 1e-3
     assert len(run.training_tokens) == 0

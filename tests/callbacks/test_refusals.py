@@ -147,7 +147,7 @@ def test_an_argument_out_of_range_is_named_with_what_is_allowed(options, message
             {"influence": {"rules": "gauss2"}},
             r"watch\(influence=\{...\}\) has no argument 'rules'; did you mean 'rule'",
         ),
-        ({"displacement": {"qqq": 1}}, r"has no argument 'qqq'\. There are: every, correct_from, eps$"),
+        ({"displacement": {"qqq": 1}}, r"has no argument 'qqq'\. There are: every, correct_from, eps, on_error$"),
     ],
 )
 def test_a_misspelt_argument_is_named_with_the_nearest(options, message, trainer):

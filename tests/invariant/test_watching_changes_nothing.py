@@ -1,14 +1,14 @@
 """Watching changes nothing: weights and loss rows of a watched run are, bit for bit, those of the run without it."""
 
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from llm_dynamics.callbacks import ProbeCallback, watch
+from llm_dynamics.callbacks import ProbeCallback, guard, watch
 from llm_dynamics.influence import LossTape
 from llm_dynamics.likelihood import scoring
 from llm_dynamics.runlog import load_run
@@ -143,7 +143,7 @@ def test_watching_leaves_an_adapter_with_frozen_parts_as_it_trains_alone(model_f
 
 @contextmanager
 def drawing(model):
-    """A broken `evaluating`: scoring draws from the global random state."""
+    """A broken `evaluating`: scoring draws from the global random state; the edge of the callback gives it back."""
     with original(model):
         yield
     torch.rand(1)
@@ -173,10 +173,16 @@ original = scoring.evaluating
 @pytest.mark.parametrize("broken", [drawing, staying_in_evaluation_mode, moving_a_weight])
 def test_the_comparison_sees_an_observation_that_leaves_a_trace(broken, model_folder, tmp_path, run_alone):
     alone = run_alone("sft", lora=False)
-    with mock.patch.object(scoring, "evaluating", broken):
+    with mock.patch.object(scoring, "evaluating", broken), mock.patch.object(guard, "keeping_random", nullcontext):
         watched = run("sft", model_folder, tmp_path / "watched", watched=True)
     with pytest.raises(AssertionError):
         assert_same_run(watched, alone)
+
+
+def test_random_numbers_that_an_observation_draws_are_given_back(model_folder, tmp_path, run_alone):
+    with mock.patch.object(scoring, "evaluating", drawing):
+        watched = run("sft", model_folder, tmp_path / "watched", watched=True)
+    assert_same_run(watched, run_alone("sft", lora=False))
 
 
 def drawing_random_numbers(tape, *args, **options):
